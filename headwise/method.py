@@ -8,7 +8,13 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headwise.score import Score
+    from headwise.task import Batch
 
 ROOMS = ("data", "heads")
 _HERE = Path(__file__).parent
@@ -24,6 +30,22 @@ class Method:
         """Name in the catalogue, and the value of every field."""
         room, module = type(self).__module__.split(".")[-2:]
         return {"name": f"{room}.{module}", "fields": asdict(self) if fields(self) else {}}
+
+
+@dataclass(frozen=True)
+class HeadMethod(Method):
+    """Base of the heads room: a number per unit.
+
+    Class attributes: `evidence`, the rung of the ladder on which its numbers stand; `needs`, the data task it wants, ""
+    when it reads weights only.
+    """
+
+    evidence: ClassVar[str] = "seen"
+    needs: ClassVar[str] = "repeated_tokens"
+
+    def score(self, model: "PreTrainedModel", batch: "Batch | None") -> "Score":
+        """One number per unit of the model on these prompts."""
+        raise TypeError(f"{type(self).__name__} does not say how it scores.")
 
 
 @dataclass(frozen=True)
