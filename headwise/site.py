@@ -16,7 +16,7 @@ _ADDRESS = re.compile(
 )
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
     """A place: a stack, a layer (None = all), a kind of value, and perhaps one head, KV head or neuron, one position.
 

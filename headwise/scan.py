@@ -1,0 +1,272 @@
+"""The exact effect of every unit, with the prefix shared.
+
+Changing head h of layer l leaves layers 0 to l-1 as they were. So the residual stream is cached once, and each variant
+starts at layer l from the cache: over all layers this halves the work. The logits are computed only at the columns that
+hold answers. `share_prefix=False` is the naive twin: a full forward pass for every unit.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from headwise.anatomy import Anatomy, anatomy
+from headwise.progress import hidden
+from headwise.site import Site, Unit
+from headwise.tap import Place, listen, tap
+from headwise.task import Batch, Metric, answer_logits, logprob
+
+log = logging.getLogger(__name__)
+
+HOWS = ("zero", "mean", "resample", "restore")
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What happened to a metric, prompt by prompt.
+
+    Attributes:
+        base: [B] the metric of the run that is changed (clean prompts; corrupt prompts for restore).
+        other: [B] the metric of the opposite prompts, or None when the batch has none.
+        changed: {unit: [B]} the metric with that unit changed.
+        how: zero, mean, resample or restore.
+    """
+
+    base: Tensor
+    other: Tensor | None
+    changed: dict[str, Tensor]
+    how: str
+
+    def of(self, unit: str) -> Tensor:
+        """[B] what the unit is worth: the loss when it is taken away, or the gain when it is restored."""
+        return self.changed[unit] - self.base if self.how == "restore" else self.base - self.changed[unit]
+
+    @property
+    def gap(self) -> Tensor | None:
+        """[B] clean minus corrupt: what there is to lose or to restore."""
+        if self.other is None:
+            return None
+        return self.other - self.base if self.how == "restore" else self.base - self.other
+
+
+def effects(
+    model: PreTrainedModel,
+    batch: Batch,
+    units: list[str] | None = None,
+    how: str = "mean",
+    metric: Metric = logprob,
+    *,
+    share_prefix: bool = True,
+    prompts: int = 8,
+    variants: int = 1,
+    label: str | None = None,
+) -> Effects:
+    """Change one unit at a time and measure.
+
+    Args:
+        units: heads ("L5.H1") and sublayers ("L5.mlp", "L5.attn"); None for every head of the main stack.
+        how: "zero"; "mean", over this batch's prompts and columns; "resample", the value of the corrupt prompt (or of the
+            next prompt where there are none); "restore", the clean value into the corrupt run.
+        prompts: prompts in one forward pass; variants: units changed side by side, as further rows of it.
+        label: text of the progress bar, None for no bar.
+
+    Raises:
+        ValueError: an unknown `how`, a unit that does not exist, or restore without corrupt prompts.
+    """
+    if how not in HOWS:
+        raise ValueError(f"{how!r} is not a way to change a unit: {', '.join(HOWS)}.")
+    body = anatomy(model)
+    units = body.units() if units is None else units
+    sites = {unit: _site(body, unit) for unit in units}
+    batch = (batch.flipped() if how == "restore" else batch).to(model.device)
+    means = _means(model, batch, sites, prompts) if how == "mean" else {}
+    parts: list[Effects] = []
+    bar = tqdm(total=len(units) * -(-len(batch) // prompts), desc=label, disable=label is None or hidden(), leave=False)
+    with torch.no_grad(), bar:
+        for chunk in _even_chunks(batch, prompts, how):
+            parts.append(_scan_chunk(model, body, chunk, sites, how, metric, means, share_prefix, variants, bar.update))
+    other = None if parts[0].other is None else torch.cat([p.other for p in parts])
+    changed = {unit: torch.cat([p.changed[unit] for p in parts]) for unit in units}
+    return Effects(torch.cat([p.base for p in parts]), other, changed, how)
+
+
+def _even_chunks(batch: Batch, prompts: int, how: str) -> Iterator[Batch]:
+    """Parts of the batch; resampling from the next prompt needs at least two in each part."""
+    for chunk in batch.chunks(prompts):
+        if how == "resample" and batch.corrupt is None and len(chunk) < 2:
+            raise ValueError(f"Resampling needs corrupt prompts, or at least 2 prompts a part; here is {len(chunk)}.")
+        yield chunk
+
+
+def _site(body: Anatomy, unit: str) -> Site:
+    part = Unit.parse(unit)
+    if part.letter not in ("H", "mlp", "attn"):
+        raise ValueError(f"{unit}: effects are measured of heads (L5.H1) and sublayers (L5.mlp, L5.attn).")
+    kind, index = ("z", part.index) if part.letter == "H" else (part.letter, None)
+    return body.resolve(Site(part.layer, kind, index, stack=part.stack))[0]
+
+
+def _means(model: PreTrainedModel, batch: Batch, sites: dict[str, Site], prompts: int) -> dict[Site, Tensor]:
+    """Mean value of each place over the real columns of all prompts."""
+    sums: dict[Site, Tensor] = {}
+    count = 0.0
+    for chunk in batch.chunks(prompts):
+        mask = chunk.inputs.get("attention_mask")
+
+        def reduce(value: Tensor, mask: Tensor | None = mask) -> Tensor:
+            if mask is None or mask.shape != value.shape[:2]:
+                return value.sum((0, 1))
+            return (value * mask.view(*mask.shape, *[1] * (value.ndim - 2)).to(value.dtype)).sum((0, 1))
+
+        whole = {site.whole for site in sites.values()}
+        with torch.no_grad(), tap(model, *whole, reduce=reduce) as t:
+            model.base_model(**_for_base(model, chunk.inputs))
+        for site in whole:
+            sums[site] = sums.get(site, 0) + t[site]
+        # A stack whose columns are not those of the mask (images, encoders) counts all of its own.
+        count += float(mask.sum()) if mask is not None else 0
+    if count == 0:
+        with torch.no_grad(), tap(model, *sums) as t:
+            model.base_model(**_for_base(model, batch.take(slice(0, 1)).inputs))
+        return {site: sums[site] / (len(batch) * t[site].shape[1]) for site in sums}
+    return {site: value / count for site, value in sums.items()}
+
+
+def _for_base(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in inputs.items() if k != "labels"}
+
+
+def _scan_chunk(
+    model: PreTrainedModel,
+    body: Anatomy,
+    chunk: Batch,
+    sites: dict[str, Site],
+    how: str,
+    metric: Metric,
+    means: dict[Site, Tensor],
+    share_prefix: bool,
+    variants: int,
+    advance: Callable[[int], object],
+) -> Effects:
+    whole = list(dict.fromkeys(site.whole for site in sites.values()))
+    starts = list(dict.fromkeys(Site(site.layer, "resid_pre") for site in whole if site.stack == ""))
+    other = None
+    source: dict[Site, Tensor] = {}
+    if chunk.corrupt is not None:
+        with tap(model, *whole) as t:
+            other = metric(answer_logits(model, chunk, chunk.corrupt), chunk)
+        source = {site: t[site] for site in whole}
+    with tap(model, *starts, *whole) as t:
+        logits = answer_logits(model, chunk)
+    base = metric(logits, chunk)
+    prefix = {site: t[site] for site in starts}
+    if how == "resample" and chunk.corrupt is None:
+        source = {site: t[site].roll(1, 0) for site in whole}
+    share_prefix = share_prefix and len(starts) > 0 and all(site.stack == "" for site in whole)
+    run = _Runner(model, body, chunk, metric, {s.layer: v for s, v in prefix.items()} if share_prefix else {})
+    if share_prefix and not run.agrees(base):
+        log.warning("%s cannot be started from a middle layer; scanning with full forward passes.", body.model_type)
+        run = replace(run, prefix={})
+    changed: dict[str, Tensor] = {}
+    by_place: dict[Site, list[str]] = {}
+    for unit, site in sites.items():
+        by_place.setdefault(site.whole, []).append(unit)
+    for place, names in by_place.items():
+        new = means.get(place) if how == "mean" else source.get(place) if how != "zero" else None
+        for start in range(0, len(names), variants):
+            group = names[start : start + variants]
+            for unit, value in zip(group, run([sites[u] for u in group], new), strict=True):
+                changed[unit] = value
+            advance(len(group))
+    return Effects(base.cpu(), None if other is None else other.cpu(), changed, how)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs variants of one part of a batch, from the cached residual where there is one."""
+
+    model: PreTrainedModel
+    body: Anatomy
+    chunk: Batch
+    metric: Metric
+    prefix: dict[int, Tensor]
+
+    def agrees(self, base: Tensor) -> bool:
+        """Whether starting from the deepest cached residual gives the metric of the full run."""
+        layer = max(self.prefix)
+        try:
+            again = self._measure(1, [], layer)[0]
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as problem:
+            log.debug("starting from layer %d failed: %s", layer, problem)
+            return False
+        return bool(torch.allclose(again, base.cpu(), rtol=1e-3, atol=1e-3 if self.model.dtype == torch.float32 else 5e-2))
+
+    def __call__(self, sites: list[Site], new: Tensor | None) -> list[Tensor]:
+        """The metric [B] of each variant: the site of that variant replaced by `new` (None: zero)."""
+        rows = len(self.chunk)
+        axis = 2 if sites[0].kind == "z" else None
+
+        def change(value: Tensor, _: Place) -> Tensor:
+            out = value.clone()
+            for i, site in enumerate(sites):
+                part = out[i * rows : (i + 1) * rows]
+                given = new
+                if axis is not None:
+                    part = part.narrow(axis, site.index, 1)
+                    given = None if new is None else new.narrow(new.ndim - 2, site.index, 1)
+                if given is None:
+                    part.zero_()
+                else:
+                    part.copy_(given.to(part.dtype))
+            return out
+
+        return self._measure(len(sites), [(sites[0].whole, change)], sites[0].layer)
+
+    def _measure(self, copies: int, wanted: list, layer: int) -> list[Tensor]:
+        inputs = {k: v.repeat(copies, *[1] * (v.ndim - 1)) for k, v in self.chunk.inputs.items()}
+        batch = self.chunk if copies == 1 else self.chunk.take(torch.arange(len(self.chunk)).repeat(copies))
+        started = list(wanted)
+        if self.prefix:
+            cached = self.prefix[layer]
+
+            def start(value: Tensor, _: Place) -> Tensor:
+                return cached.repeat(copies, 1, 1).to(value.dtype)
+
+            started.insert(0, (Site(layer, "resid_pre"), start))
+        with _skipping(self.body, layer if self.prefix else None), listen(self.model, started):
+            values = self.metric(answer_logits(self.model, batch, inputs), batch)
+        return list(values.cpu().split(len(self.chunk)))
+
+
+@contextmanager
+def _skipping(body: Anatomy, layer: int | None) -> Iterator[None]:
+    """Blocks of the main stack below `layer` hand their input on; afterwards they are what they were."""
+    blocks = {n: b for n, b in body.blocks[""].items() if layer is not None and n < layer}
+    before: dict[int, object] = {n: b.__dict__.get("forward") for n, b in blocks.items()}
+    for block in blocks.values():
+        block.forward = _pass_on_tuple if body.returns_tuple[id(block)] else _pass_on
+    try:
+        yield
+    finally:
+        for n, block in blocks.items():
+            _restore(block, before[n])
+
+
+def _restore(block: nn.Module, forward: object) -> None:
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward
+
+
+def _pass_on(hidden_states: Tensor, *_args: object, **_options: object) -> Tensor:
+    return hidden_states
+
+
+def _pass_on_tuple(hidden_states: Tensor, *_args: object, **_options: object) -> tuple[Tensor]:
+    return (hidden_states,)
