@@ -71,18 +71,43 @@ class Score:
         stack: str = "",
     ) -> "Score":
         """Make a score from values by layer, each [B, units] (one row a prompt) or [units] (read from weights)."""
-        frames = []
-        for layer, value in values.items():
-            rows = np.atleast_2d(value.detach().float().cpu().numpy())
-            low, high = stats.interval(rows)
-            units = [str(Unit(stack, layer, LETTERS[kind], i)) for i in range(rows.shape[1])]
-            frames.append(
-                pl.DataFrame(
-                    [units, [layer] * len(units), range(len(units)), rows.mean(0), low, high, [len(rows)] * len(units)],
-                    schema=COLUMNS,
-                )
-            )
-        table = pl.concat(frames) if frames else pl.DataFrame(schema=COLUMNS)
+        columns = {
+            str(Unit(stack, layer, LETTERS[kind], i)): rows[:, i]
+            for layer, value in values.items()
+            for rows in [np.atleast_2d(value.detach().float().cpu().numpy())]
+            for i in range(rows.shape[1])
+        }
+        return cls.of_units(method, model, batch, columns, name=name, evidence=evidence, kind=kind)
+
+    @classmethod
+    def of_units(
+        cls,
+        method: Method,
+        model: "PreTrainedModel",
+        batch: "Batch | None",
+        values: "dict[str, Tensor | np.ndarray]",
+        *,
+        name: str | None = None,
+        evidence: str | None = None,
+        kind: str = "head",
+    ) -> "Score":
+        """Make a score from values by unit, each [B] (one a prompt) or [1] (read from weights)."""
+        units = list(values)
+        rows = np.stack([np.asarray(v, dtype=np.float64).reshape(-1) for v in values.values()], 1) if units else np.empty((0, 0))
+        low, high = stats.interval(rows)
+        places = [Unit.parse(unit) for unit in units]
+        table = pl.DataFrame(
+            {
+                "unit": units,
+                "layer": [p.layer for p in places],
+                "index": [p.index for p in places],
+                "value": rows.mean(0) if units else [],
+                "low": low if units else [],
+                "high": high if units else [],
+                "n": [len(rows)] * len(units),
+            },
+            schema=COLUMNS,
+        )
         return cls(
             name=name or method.identity()["name"].split(".")[-1],
             table=table,
