@@ -151,12 +151,9 @@ class Score:
         return hashlib.sha256(json.dumps([self.name, self.step, fixed], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write the table as parquet, with everything else as JSON in the file's metadata. Written aside, then renamed."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the table as parquet, with everything else as JSON in the file's metadata."""
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "table"}
-        aside = path.with_suffix(f".{platform.node()}.part")
-        self.table.write_parquet(aside, compression="snappy", metadata={"headwise": json.dumps(rest, default=str)})
-        aside.replace(path)
+        self.table.write_parquet(path, compression="snappy", metadata={"headwise": json.dumps(rest, default=str)})
 
     @classmethod
     def load(cls, path: Path) -> "Score":
@@ -185,16 +182,17 @@ def provenance(method: Method, model: "PreTrainedModel", batch: "Batch | None") 
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {
-            "headwise": _version(),
+            "headwise": release(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "python": platform.python_version(),
+            "python": platform.pythonrelease(),
         },
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _version() -> str:
+def release() -> str:
+    """The version of headwise that is installed, "source" when it is run without being installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -1,0 +1,256 @@
+"""Atlas: all that is known of one model, as a folder of plain files.
+
+    atlas/<model>/atlas.json                                    model, weight fingerprint, layers, heads, tokenizer, version
+    atlas/<model>/scores/step=<k>/score=<name>/<hash>.parquet   unit, layer, index, value, low, high, n
+    atlas/<model>/claims.parquet   readouts.parquet   patterns/<prompt>.safetensors
+
+Files are written aside and renamed, so a crash leaves what was there. Two atlases of one model merge by copying folders.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from headwise.claim import ROLES, Claim, Rung
+from headwise.score import Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1
+_CLAIMS = {
+    "unit": pl.String, "role": pl.String, "verdict": pl.String, "step": pl.String, "score": pl.String,
+    "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "null": pl.Float64, "p": pl.Float64,
+    "p_holm": pl.Float64, "n": pl.Int64, "share": pl.Float64, "passed": pl.Boolean,
+}  # fmt: skip
+_READOUTS = {
+    "unit": pl.String, "circuit": pl.String, "source": pl.String, "target": pl.String, "value": pl.Float64, "rank": pl.Int64,
+}  # fmt: skip
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write through a temporary neighbour and rename, so that `path` is either old or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """A folder of scores, claims, patterns and read-outs of one model.
+
+    Raises:
+        ValueError: the folder is no atlas, or was written by a newer headwise.
+    """
+
+    path: Path
+
+    def __init__(self, path: "str | Path") -> None:
+        object.__setattr__(self, "path", Path(path))
+        about = self.about
+        if about.get("format", 0) > FORMAT:
+            raise ValueError(f"{path} was written by headwise {about.get('version')}, which is newer than this one; upgrade headwise.")
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", path: "str | Path", tokenizer: Any = None) -> "Atlas":
+        """Open the atlas of this model at `path`, or begin one.
+
+        Raises:
+            ValueError: the folder holds the atlas of other weights.
+        """
+        from headwise.anatomy import anatomy
+        from headwise.models import fingerprint, name_of
+        from headwise.score import release
+
+        path = Path(path)
+        mark = fingerprint(model)
+        if (path / "atlas.json").exists():
+            atlas = cls(path)
+            if atlas.about["fingerprint"] != mark:
+                raise ValueError(
+                    f"{path} is the atlas of {atlas.about['model']} with weights {atlas.about['fingerprint']}, not of {name_of(model)} "
+                    f"with weights {mark}. Choose another folder with --out."
+                )
+            return atlas
+        body = anatomy(model)
+        about = {
+            "format": FORMAT,
+            "model": name_of(model),
+            "model_type": body.model_type,
+            "fingerprint": mark,
+            "layers": body.layers,
+            "heads": {str(n): body.heads(n) for n in body.layers},
+            "kv_heads": {str(n): body.kv_heads(n) for n in body.layers},
+            "tokenizer": _tokenizer_mark(tokenizer),
+            "version": release(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_aside(path / "atlas.json", lambda p: p.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
+        return cls(path)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The content of atlas.json."""
+        file = self.path / "atlas.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} is not an atlas: it has no atlas.json. `headwise map` makes one.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as problem:
+            raise ValueError(f"{file} cannot be read as an atlas: {problem}") from problem
+
+    # Scores
+
+    def _score_file(self, score: Score) -> Path:
+        return self.path / "scores" / f"step={score.step}" / f"score={score.name}" / f"{score.key}.parquet"
+
+    def add(self, score: Score) -> None:
+        """Keep a score. One made in the same way before is replaced by it.
+
+        Raises:
+            ValueError: the score was measured on other weights (at the same training step).
+        """
+        mark = score.about.get("fingerprint")
+        if score.step == 0 and mark is not None and mark != self.about["fingerprint"]:
+            raise ValueError(f"The score {score.name} belongs to weights {mark}; this atlas holds {self.about['fingerprint']}.")
+        write_aside(self._score_file(score), score.save)
+
+    def names(self, step: int = 0) -> list[str]:
+        """Names of the scores that are kept."""
+        folder = self.path / "scores" / f"step={step}"
+        return sorted(p.name.removeprefix("score=") for p in folder.glob("score=*") if any(p.glob("*.parquet")))
+
+    def score(self, name: str, step: int = 0) -> Score:
+        """The newest score of that name. Raises ValueError with the nearest name when there is none."""
+        files = sorted((self.path / "scores" / f"step={step}" / f"score={name}").glob("*.parquet"), key=lambda p: p.stat().st_mtime)
+        if not files:
+            names = self.names(step)
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"This atlas has no score {name!r} at step {step}; it has {', '.join(names) or 'none'}.{hint}")
+        return Score.load(files[-1])
+
+    def frame(self, name: str | None = None, step: int = 0) -> pl.DataFrame:
+        """One score's table, or every score's with a column `score`."""
+        if name is not None:
+            return self.score(name, step).table
+        frames = [self.score(n, step).table.with_columns(score=pl.lit(n)) for n in self.names(step)]
+        return pl.concat(frames) if frames else pl.DataFrame()
+
+    # Claims
+
+    def add_claims(self, claims: list[Claim]) -> None:
+        """Keep claims; a claim on the same unit and role is replaced. Verdicts are stored as they were settled."""
+        fresh = {(c.unit, c.role) for c in claims}
+        kept = [c for c in self.claims() if (c.unit, c.role) not in fresh] + list(claims)
+        rows = [row for claim in kept for row in claim.rows()]
+        abouts = {f"{c.unit}|{c.role}": c.about for c in kept}
+        table = pl.DataFrame(rows, schema=_CLAIMS)
+        note = {"headwise": json.dumps(abouts, default=str)}
+        write_aside(self.path / "claims.parquet", lambda p: table.write_parquet(p, compression="snappy", metadata=note))
+
+    def claims(self, role: str | None = None, unit: str | None = None) -> list[Claim]:
+        """The claims, of one role or one unit if given, in the order they were added."""
+        file = self.path / "claims.parquet"
+        if not file.exists():
+            return []
+        abouts = json.loads(pl.read_parquet_metadata(file).get("headwise", "{}"))
+        found: dict[tuple[str, str], Claim] = {}
+        for row in pl.read_parquet(file).iter_rows(named=True):
+            key = (row.pop("unit"), row.pop("role"))
+            verdict = row.pop("verdict")
+            if role in (None, key[1]) and unit in (None, key[0]):
+                claim = found.setdefault(key, Claim(*key, verdict=verdict, about=abouts.get("|".join(key), {})))
+                claim.rungs.append(Rung(**row))
+        return list(found.values())
+
+    def heads(self) -> list[dict[str, Any]]:
+        """One entry a head: unit, layer, index, role ("unknown" unless proved), all proved roles, verdict, scores."""
+        proved: dict[str, list[str]] = {}
+        verdicts: dict[str, set[str]] = {}
+        for claim in self.claims():
+            verdicts.setdefault(claim.unit, set()).add(claim.verdict)
+            if claim.verdict == "proved":
+                proved.setdefault(claim.unit, []).append(claim.role)
+        order = [r.name for r in ROLES]
+        values: dict[str, dict[str, float]] = {}
+        for name in self.names():
+            for unit, value in self.score(name).table.select("unit", "value").iter_rows():
+                values.setdefault(unit, {})[name] = value
+        entries = []
+        for layer, count in ((n, self.about["heads"][str(n)]) for n in self.about["layers"]):
+            for index in range(count):
+                unit = f"L{layer}.H{index}"
+                roles = sorted(proved.get(unit, []), key=lambda r: order.index(r) if r in order else len(order))
+                said = verdicts.get(unit, set())
+                verdict = "proved" if roles else "refuted" if said == {"refuted"} else "unknown"
+                entries.append(
+                    {
+                        "unit": unit,
+                        "layer": layer,
+                        "index": index,
+                        "role": roles[0] if roles else "unknown",
+                        "roles": roles,
+                        "verdict": verdict,
+                        "scores": values.get(unit, {}),
+                    }
+                )
+        return entries
+
+    # Patterns and read-outs
+
+    def add_pattern(self, prompt: str, tokens: list[str], text: str, patterns: dict[int, np.ndarray]) -> None:
+        """Keep the attention patterns of one prompt: {layer: uint8 [H, Tq, Tk]}, 255 for a weight of 1."""
+        if not re.fullmatch(r"[a-z0-9_-]+", prompt):
+            raise ValueError(f"{prompt!r} cannot name a prompt: use small letters, digits, hyphens and underscores.")
+        arrays = {f"L{layer}": np.ascontiguousarray(p, dtype=np.uint8) for layer, p in patterns.items()}
+        note = {"tokens": json.dumps(tokens), "text": text}
+        write_aside(self.path / "patterns" / f"{prompt}.safetensors", lambda p: save_file(arrays, p, metadata=note))
+
+    def patterns(self) -> list[str]:
+        """Names of the prompts whose patterns are kept."""
+        return sorted(p.stem for p in (self.path / "patterns").glob("*.safetensors"))
+
+    def pattern(self, prompt: str) -> tuple[list[str], str, dict[int, np.ndarray]]:
+        """Tokens, text and {layer: uint8 [H, Tq, Tk]} of one prompt. Raises ValueError when it is not kept."""
+        file = self.path / "patterns" / f"{prompt}.safetensors"
+        if not file.exists():
+            raise ValueError(f"This atlas keeps no patterns of {prompt!r}; it has {', '.join(self.patterns()) or 'none'}.")
+        with safe_open(file, framework="numpy") as data:
+            note = data.metadata()
+            arrays = {int(k[1:]): data.get_tensor(k) for k in data.keys()}
+        return json.loads(note["tokens"]), note["text"], dict(sorted(arrays.items()))
+
+    def add_readouts(self, table: pl.DataFrame) -> None:
+        """Keep what heads read and write in tokens: unit, circuit ("ov" or "qk"), source, target, value, rank."""
+        table = table.select(list(_READOUTS)).cast(_READOUTS)
+        write_aside(self.path / "readouts.parquet", lambda p: table.write_parquet(p, compression="snappy"))
+
+    def readouts(self) -> pl.DataFrame:
+        """The read-outs; an empty table when there are none."""
+        file = self.path / "readouts.parquet"
+        return pl.read_parquet(file) if file.exists() else pl.DataFrame(schema=_READOUTS)
+
+
+def _tokenizer_mark(tokenizer: Any) -> str:
+    """Hash of the vocabulary, "" where the model has none."""
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return ""
+    words = "\n".join(f"{i}\t{w}" for w, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
