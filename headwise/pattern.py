@@ -1,0 +1,108 @@
+"""Which cells of an attention pattern a detector looks at, and the base of all detectors that look at patterns."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from headwise.anatomy import anatomy
+from headwise.method import HeadMethod
+from headwise.score import COLUMNS, Score
+from headwise.site import Unit
+from headwise.tap import per_row
+from headwise.task import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PatternMethod(HeadMethod):
+    """Base of detectors that turn each head's attention pattern into one number a prompt."""
+
+    def read(self, pattern: Tensor, batch: Batch) -> Tensor:
+        """From the pattern [b, H, Tq, Tk] of one layer on these prompts to [b, H]."""
+        raise TypeError(f"{type(self).__name__} does not say how it reads a pattern.")
+
+    def score(self, model: "PreTrainedModel", batch: Batch | None) -> Score:
+        """One forward pass in chunks of prompts; patterns are reduced while they pass."""
+        return Score.of_heads(self, model, batch, self.rows(model, batch))
+
+    def rows(self, model: "PreTrainedModel", batch: Batch | None, at_once: int = 8) -> dict[int, Tensor]:
+        """The same numbers before their mean over prompts: {layer: [B, H]}."""
+        if batch is None:
+            raise ValueError(f"{self.identity()['name']} looks at patterns, so it needs prompts; task: {self.needs}.")
+        parts: dict[int, list[Tensor]] = {}
+        for part in batch.chunks(at_once):
+            part = part.to(model.device)
+            for layer, value in per_row(model, part, "pattern", partial(self._read, part), rows=at_once).items():
+                parts.setdefault(layer, []).append(value)
+        return {layer: torch.cat(values) for layer, values in parts.items()}
+
+    def _read(self, batch: Batch, pattern: Tensor) -> Tensor:
+        return self.read(pattern.float(), batch)
+
+
+def real(batch: Batch, width: int) -> Tensor:
+    """[B, T] true where a column holds a token rather than padding; images have no padding."""
+    mask = batch.inputs.get("attention_mask")
+    if mask is None:
+        some = next(iter(batch.inputs.values()))
+        return torch.ones(len(some), width, dtype=torch.bool, device=some.device)
+    return mask.bool()
+
+
+def earlier_same(batch: Batch) -> Tensor:
+    """[B, Tq, Tk] true where the key is an earlier occurrence of the query's own token."""
+    ids = batch.ids
+    there = real(batch, ids.shape[1])
+    same = (ids[:, :, None] == ids[:, None, :]) & there[:, :, None] & there[:, None, :]
+    return same.tril(-1)
+
+
+def after_same(batch: Batch) -> Tensor:
+    """[B, Tq, Tk] true where the key stands right after an earlier occurrence of the query's token."""
+    same = earlier_same(batch)
+    shifted = torch.zeros_like(same)
+    shifted[:, :, 1:] = same[:, :, :-1]
+    return shifted.tril(-1)
+
+
+def landing(pattern: Tensor, cells: Tensor) -> Tensor:
+    """Mean attention that lands on the chosen cells, over the queries that have one.
+
+    Args:
+        pattern: [B, H, Tq, Tk].
+        cells: [B, Tq, Tk], true where attention counts.
+
+    Returns:
+        [B, H]; NaN for a prompt without such a query.
+    """
+    queries = cells.any(-1).sum(-1, keepdim=True)
+    landed = torch.einsum("bhqk,bqk->bh", pattern, cells.to(pattern.dtype))
+    return torch.where(queries > 0, landed / queries.clamp_min(1), float("nan"))
+
+
+def mean_over_queries(values: Tensor, queries: Tensor) -> Tensor:
+    """Mean of values [B, H, Tq] over the queries [B, Tq] that count: [B, H]; NaN for a prompt without one."""
+    weight = queries.to(values.dtype)[:, None]
+    count = weight.sum(-1)
+    total = torch.where(weight > 0, values, 0.0).sum(-1)
+    return torch.where(count > 0, total / count.clamp_min(1), float("nan"))
+
+
+def to_kv_heads(score: Score, model: "PreTrainedModel") -> Score:
+    """A KV head is worth what its best query head is worth: the maximum over each group, as a score of KV heads."""
+    if score.kind != "head":
+        raise ValueError(f"{score.name} is a score of kind {score.kind!r}; only scores of heads have KV groups.")
+    body = anatomy(model)
+    groups = [body.group(layer, index) for layer, index in score.table.select("layer", "index").iter_rows()]
+    table = score.table.with_columns(pl.Series("index", groups, dtype=pl.Int64))
+    best = table.sort("value", descending=True, nulls_last=True).group_by("layer", "index", maintain_order=True).first()
+    best = best.sort("layer", "index")
+    names = [str(Unit("", layer, "G", index)) for layer, index in best.select("layer", "index").iter_rows()]
+    best = best.with_columns(pl.Series("unit", names, dtype=pl.String)).select(list(COLUMNS))
+    return Score(score.name, best, "kv", score.evidence, score.about, score.step)
