@@ -100,11 +100,11 @@ class Claim:
 
     def sentence(self) -> str:
         """The claim in words."""
-        held = [r.step for r in self.rungs if r.passed]
+        held = list(dict.fromkeys(r.step for r in self.rungs if r.passed))
         if self.verdict == "proved":
             return f"{self.unit} {self.role}: proved ({', '.join(s for s in held if s in ('needed', 'enough'))})"
         if self.verdict == "refuted":
-            return f"{self.unit} looks like {self.role} ({', '.join(held) or 'nothing'}), but is neither needed nor enough: refuted"
+            return f"{self.unit} looks like {self.role}, but is neither needed nor enough: refuted"
         return f"{self.unit} {self.role}: unknown ({', '.join(held) or 'nothing'} holds)"
 
     def rows(self) -> list[dict[str, Any]]:
