@@ -115,6 +115,11 @@ class Atlas:
         except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as problem:
             raise ValueError(f"{file} cannot be read as an atlas: {problem}") from problem
 
+    def note(self, **facts: Any) -> None:
+        """Add facts to atlas.json, such as how well the model does each task."""
+        about = self.about | facts
+        write_aside(self.path / "atlas.json", lambda p: p.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
+
     # Scores
 
     def _score_file(self, score: Score) -> Path:
@@ -145,6 +150,15 @@ class Atlas:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"This atlas has no score {name!r} at step {step}; it has {', '.join(names) or 'none'}.{hint}")
         return Score.load(files[-1])
+
+    def made(self, about: dict[str, Any], step: int = 0) -> Score | None:
+        """The score that was made in just this way (method, fields, task, weights), if it is kept."""
+        wanted = _identity(about)
+        for file in (self.path / "scores" / f"step={step}").glob("score=*/*.parquet"):
+            note = json.loads(pl.read_parquet_metadata(file).get("headwise", "{}"))
+            if _identity(note.get("about", {})) == wanted:
+                return Score.load(file)
+        return None
 
     def frame(self, name: str | None = None, step: int = 0) -> pl.DataFrame:
         """One score's table, or every score's with a column `score`."""
@@ -242,10 +256,19 @@ class Atlas:
         table = table.select(list(_READOUTS)).cast(_READOUTS)
         write_aside(self.path / "readouts.parquet", lambda p: table.write_parquet(p, compression="snappy"))
 
+    def has_readouts(self) -> bool:
+        """Whether read-outs are kept."""
+        return (self.path / "readouts.parquet").exists()
+
     def readouts(self) -> pl.DataFrame:
         """The read-outs; an empty table when there are none."""
         file = self.path / "readouts.parquet"
         return pl.read_parquet(file) if file.exists() else pl.DataFrame(schema=_READOUTS)
+
+
+def _identity(about: dict[str, Any]) -> str:
+    fixed = {k: v for k, v in about.items() if k not in ("when", "versions")}
+    return json.dumps(fixed, sort_keys=True, default=str)
 
 
 def _tokenizer_mark(tokenizer: Any) -> str:

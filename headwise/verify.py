@@ -63,10 +63,16 @@ class Proof(Method):
         about = provenance(self, model, batch) | {"nulls": nulls}
         claims = []
         for unit in candidates:
-            rungs = [] if seen is None else [_seen(seen, unit)]
+            rungs = [] if seen is None else [self.seen(seen, unit)]
             rungs += [self._rung(step, one, unit, nulls) for step, one in found.items()]
             claims.append(Claim(unit, role, rungs=rungs, about=about))
         return claims
+
+    @staticmethod
+    def seen(score: Score, unit: str) -> Rung:
+        """The first rung: what nominated the unit."""
+        row, nan = _row(score, unit), float("nan")
+        return Rung(score.evidence, score.name, row["value"], row["low"], row["high"], nan, nan, nan, row["n"], nan, True)
 
     def draw(self, model: PreTrainedModel, candidates: list[str], spare: set[str] = frozenset()) -> list[str]:
         """Random heads of the candidates' layers; of all layers where those hold no other head."""
@@ -107,12 +113,6 @@ class Proof(Method):
             share=float(mine.mean() / found.gap.double().mean()),
             passed=False,
         )
-
-
-def _seen(score: Score, unit: str) -> Rung:
-    row = _row(score, unit)
-    nan = float("nan")
-    return Rung(score.evidence, score.name, row["value"], row["low"], row["high"], nan, nan, nan, row["n"], nan, True)
 
 
 def _row(score: Score, unit: str) -> dict:

@@ -1,0 +1,288 @@
+"""The main job: score every head, screen, prove, and fill the atlas. Each finished part is kept, so a second run resumes."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from headwise.anatomy import anatomy
+from headwise.atlas import Atlas
+from headwise.claim import ROLES, Claim, Role, settle
+from headwise.heads import Ablation, Attribution, Restore
+from headwise.method import HeadMethod, load
+from headwise.progress import hidden
+from headwise.readouts import readouts
+from headwise.score import Score, provenance
+from headwise.tap import tap
+from headwise.task import Batch, Task, answer_logits, correct, logprob
+from headwise.verify import Proof
+
+log = logging.getLogger(__name__)
+
+# What is read of each kind of model; the task of each method is its own `needs`.
+SEEN = {
+    "decoder": (
+        "induction", "previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance",
+        "entropy", "echo", "razor_induction", "retrieval", "name_mover", "copying", "qk_eigenvalues", "copy_suppression",
+        "successor", "composition", "select_and_copy", "memory_or_context", "topic", "anti_overconfidence",
+    ),
+    "encoder": ("previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance", "entropy"),
+    "vision": ("distance_profile", "entropy"),
+}  # fmt: skip
+PROMPTS = {"repeated_tokens": 8, "needle": 12}
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a model is mapped.
+
+    Fields:
+        prompts: prompts of each proof task; the first half screens and nominates, the second half proves.
+        candidates: at most so many heads are tested for one role.
+        thorough: measure the exact effect of every head on every task, not only of nominated ones and of the null.
+        seed: of all prompts and draws.
+    """
+
+    prompts: int = 48
+    candidates: int = 8
+    thorough: bool = False
+    seed: int = 0
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """decoder, encoder or vision: what the model takes and which way it looks.
+
+    Raises:
+        ValueError: an encoder-decoder, whose heads can be tapped and ablated one by one but are not mapped yet.
+    """
+    if model.main_input_name == "pixel_values":
+        return "vision"
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: its sites can be tapped and changed from Python, but `map` covers "
+            "decoders, encoders and vision models."
+        )
+    layer = anatomy(model).layer(anatomy(model).layers[0])
+    causal = getattr(layer.attention, "is_causal", None)
+    if causal is None:
+        causal = model.can_generate()
+    return "decoder" if causal else "encoder"
+
+
+def map_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    atlas_path: "str | Path",
+    *,
+    methods: tuple[str, ...] = (),
+    job: Job | None = None,
+    step: int = 0,
+) -> Atlas:
+    """Score every head of a model and prove what can be proved.
+
+    Args:
+        tokenizer: the model's tokenizer, or its image processor.
+        methods: names of heads-room methods; empty for all that fit the model, and the proofs.
+        step: training step under which the scores are kept.
+
+    Raises:
+        ValueError: an unknown method, an atlas of other weights, or a model that cannot be mapped.
+    """
+    job = job or Job()
+    kind = kind_of(model)
+    atlas = Atlas.of(model, atlas_path, tokenizer)
+    bench = _Bench(model, tokenizer, atlas, job, step)
+    names = methods or SEEN[kind]
+    for name in _bar(names, "heads seen"):
+        bench.seen(name)
+    if not methods and kind == "decoder":
+        for task in _bar(list(dict.fromkeys(r.task for r in ROLES if r.task)), "screen"):
+            bench.screen(task)
+        if job.thorough:
+            for task in list(bench.able):
+                bench.scan_all(task)
+        bench.prove_all()
+    if kind != "vision":
+        bench.patterns()
+        if not atlas.has_readouts():
+            atlas.add_readouts(readouts(model, tokenizer))
+    return atlas
+
+
+def _bar(items: "tuple[str, ...] | list[str]", label: str) -> Iterator[str]:
+    with tqdm(items, desc=label, disable=hidden(), leave=False) as bar:
+        for item in bar:
+            bar.set_postfix_str(item)
+            yield item
+
+
+class _Bench:
+    """One run of the job: makes each task's prompts once, and keeps what is done."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, atlas: Atlas, job: Job, step: int) -> None:
+        self.model, self.tokenizer, self.atlas, self.job, self.step = model, tokenizer, atlas, job, step
+        self.batches: dict[str, Batch] = {}
+        self.able: dict[str, dict[str, float]] = {}
+        self.skipped: dict[str, str] = {}
+
+    def batch(self, task: str) -> Batch:
+        """All prompts of a task."""
+        if task not in self.batches:
+            maker = load(f"data.{task}")()
+            assert isinstance(maker, Task)
+            n = PROMPTS.get(task, self.job.prompts)
+            self.batches[task] = maker.make(self.tokenizer, n=n, seed=self.job.seed)
+        return self.batches[task]
+
+    def _keep(self, method: HeadMethod, batch: Batch | None, name: str | None = None) -> Score | None:
+        """The method's score, from the atlas when it is there; None, with the reason kept, when it cannot be had."""
+        about = provenance(method, self.model, batch)
+        kept = self.atlas.made(about, self.step)
+        if kept is not None:
+            return kept
+        try:
+            score = method.score(self.model, batch)
+        except ValueError as reason:
+            label = name or method.identity()["name"]
+            log.warning("%s: %s", label, reason)
+            self.skipped[label] = str(reason)
+            self._note()
+            return None
+        score = replace(score, step=self.step, name=name or score.name)
+        self.atlas.add(score)
+        return score
+
+    def seen(self, name: str) -> Score | None:
+        """One detector on the development half of its task."""
+        method = load(name if "." in name else f"heads.{name}")()
+        assert isinstance(method, HeadMethod)
+        try:
+            batch = self._dev(method.needs) if method.needs else None
+        except ValueError as reason:
+            self.skipped[name] = str(reason)
+            self._note()
+            return None
+        return self._keep(method, batch)
+
+    def _dev(self, task: str) -> Batch:
+        batch = self.batch(task)
+        return batch if task == "repeated_tokens" else batch.split()[0]
+
+    def screen(self, task: str) -> None:
+        """Can the model do the task, and which heads does the gradient point at?"""
+        try:
+            batch = self.batch(task)
+        except ValueError as reason:
+            self.skipped[task] = str(reason)
+            self._note()
+            return
+        done = self.atlas.about.get("tasks", {}).get(task)
+        if done is None or done["n"] != len(batch):
+            done = _ability(self.model, batch)
+            self.atlas.note(tasks={**self.atlas.about.get("tasks", {}), task: done})
+        if batch.corrupt is None or not done["clean"] > done["corrupt"]:
+            self.skipped[task] = f"clean prompts are answered no better than corrupt ones ({done['clean']:.2f} and {done['corrupt']:.2f} nats)"
+            self._note()
+            return
+        self.able[task] = done
+        self._keep(Attribution(), batch.split()[0], f"attribution_on_{task}")
+
+    def scan_all(self, task: str) -> None:
+        """Exact effects of every head on one task's held-out prompts."""
+        held_out = self.batch(task).split()[1]
+        self._keep(Ablation(value="resample"), held_out, f"ablation_resample_on_{task}")
+        self._keep(Ablation(value="mean"), held_out, f"ablation_mean_on_{task}")
+        self._keep(Restore(), held_out, f"restore_on_{task}")
+
+    def nominate(self, role: Role) -> list[str]:
+        """Heads whose score reaches the role's threshold, the ones that the gradient screen points at first."""
+        if role.score not in self.atlas.names(self.step):
+            return []
+        score = self.atlas.score(role.score, self.step)
+        table = score.table.filter(score.table["value"] >= role.threshold)
+        units = table["unit"].to_list()
+        screen = f"attribution_on_{role.task}"
+        if len(units) > self.job.candidates and screen in self.atlas.names(self.step):
+            weight = dict(self.atlas.score(screen, self.step).table.select("unit", "value").iter_rows())
+            units.sort(key=lambda u: weight.get(u, 0.0), reverse=True)
+        return units
+
+    def prove_all(self) -> None:
+        """Prove every role whose task the model can do, then settle all claims together."""
+        proof = Proof(seed=self.job.seed)
+        open_roles = [r for r in ROLES if r.score in self.atlas.names(self.step)]
+        claims: list[Claim] = []
+        for name in _bar([r.name for r in open_roles], "proofs"):
+            claims += self._prove(next(r for r in open_roles if r.name == name), proof)
+        self.atlas.add_claims(settle(claims))
+
+    def _prove(self, role: Role, proof: Proof) -> list[Claim]:
+        nominated = self.nominate(role)
+        seen = self.atlas.score(role.score, self.step)
+        tested = nominated[: self.job.candidates] if role.task in self.able else []
+        untested = [u for u in nominated if u not in tested]
+        claims = [Claim(u, role.name, rungs=[proof.seen(seen, u)], about=seen.about) for u in untested]
+        if not tested:
+            return claims
+        held_out = self.batch(role.task).split()[1]
+        wanted = provenance(proof, self.model, held_out)
+        before = {c.unit: c for c in self.atlas.claims(role=role.name)}
+        if all(u in before and _same(before[u].about, wanted) for u in tested):
+            return claims + [before[u] for u in tested]
+        try:
+            fresh = proof.run(self.model, held_out, role.name, tested, seen, set(nominated), label=role.name)
+        except ValueError as reason:
+            log.warning("%s: %s", role.name, reason)
+            self.skipped[role.name] = str(reason)
+            self._note()
+            return claims
+        # Kept at once, so that an interrupted run loses one role at most; settled with the rest at the end.
+        self.atlas.add_claims(settle(fresh))
+        return claims + fresh
+
+    def patterns(self) -> None:
+        """Attention patterns of one short prompt a task, for the page."""
+        for task in [t for t in ("induction", "ioi", "capitals", "repeated_tokens") if t in self.batches]:
+            if task in self.atlas.patterns():
+                continue
+            row = self.batch(task).take(slice(0, 1))
+            real = row.inputs["attention_mask"][0].bool() if "attention_mask" in row.inputs else slice(None)
+            ids = row.ids[0][real][:64]
+            with torch.no_grad(), tap(self.model, "pattern", reduce=lambda p: (p[0].float() * 255).round().to(torch.uint8)) as t:
+                self.model.base_model(ids[None].to(self.model.device))
+            tokens = [self.tokenizer.decode([i]) for i in ids.tolist()]
+            arrays = {layer: value.cpu().numpy() for layer, value in t.by_layer("pattern").items()}
+            self.atlas.add_pattern(task, tokens, self.tokenizer.decode(ids), arrays)
+
+    def _note(self) -> None:
+        self.atlas.note(skipped={**self.atlas.about.get("skipped", {}), **self.skipped})
+
+
+def _same(about: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    keys = ("method", "task", "fingerprint", "dtype")
+    return json.dumps([about.get(k) for k in keys], default=str) == json.dumps([wanted[k] for k in keys], default=str)
+
+
+def _ability(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
+    """How well the model does a task: answer log-probability in nats on clean and corrupt prompts, and accuracy."""
+    clean, corrupt, right = [], [], []
+    for part in batch.to(model.device).chunks(8):
+        with torch.no_grad():
+            logits = answer_logits(model, part)
+            clean.append(logprob(logits, part))
+            right.append(correct(logits, part))
+            if part.corrupt is not None:
+                corrupt.append(logprob(answer_logits(model, part, part.corrupt), part))
+    nan = float("nan")
+    return {
+        "n": len(batch),
+        "accuracy": round(float(torch.cat(right).mean()), 4),
+        "clean": round(float(torch.cat(clean).mean()), 4),
+        "corrupt": round(float(torch.cat(corrupt).mean()), 4) if corrupt else nan,
+    }
