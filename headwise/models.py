@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +89,9 @@ def open_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"Device {device!r} cannot be used: {_first_line(error)} 'cpu' always can.") from error
-    with _sentences(str(name)), _quiet_bars():
+    with _sentences(str(name)), _quiet():
+        if not Path(source).is_dir():
+            _check_reachable(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model = _auto_class(config).from_pretrained(source, config=config, dtype=getattr(torch, dtype))
     return model.to(device).eval(), _companion(source, config)
@@ -206,7 +211,7 @@ def _sentences(name: str) -> Iterator[None]:
             raise ValueError(f"{name} cannot be opened as a model: {reason}") from error
         near = _nearest(name, _known())
         raise ValueError(
-            f"Model {name!r} is not in the local cache and could not be fetched from the hub. {_ALLOWED}{near} ({reason})"
+            f"Model {name!r} is neither in the local cache nor to be had from the hub. {_ALLOWED}{near} ({reason})"
         ) from error
 
 
@@ -218,22 +223,40 @@ def _known() -> list[str]:
     return ["default", *cached]
 
 
+def _check_reachable(hub_id: str) -> None:
+    """Fail at once where a model is not cached and the hub has no address; its client would retry for half a minute."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import ENDPOINT, is_offline_mode
+
+    if isinstance(try_to_load_from_cache(hub_id, "config.json"), str) or is_offline_mode() or getproxies():
+        return
+    host = urlsplit(ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise OSError(f"no network: {host} has no address here") from error
+
+
 @contextlib.contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """No bar for loading weights: it takes a tenth of a second for small models and breaks tables and JSON."""
+def _quiet() -> Iterator[None]:
+    """No bar for loading weights, which breaks tables, and no chatter of the hub client about its retries."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
     hf_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         if shown:
             hf_logging.enable_progress_bar()
 
 
 def _make_folder(target: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder beside `target`, then rename it: `target` is whole or absent, whoever else builds it."""
+    """Let `build` fill a folder beside `target`, then rename it: `target` is whole or absent, also in a race."""
     aside = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +273,8 @@ def _make_folder(target: Path, build: Callable[[Path], None]) -> None:
     except Exception as error:
         if _disk_full(error):
             raise ValueError(
-                f"There is no space left on the disk of {target.parent}. Free some, or set HEADWISE_HOME to a folder with room."
+                f"There is no space left on the disk of {target.parent}. "
+                "Free some, or set HEADWISE_HOME to a folder with room."
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
             raise ValueError(
@@ -340,7 +364,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        with _quiet_bars():
+        with _quiet():
             config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
             auto = _auto_class(config)
             loaded = auto.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32)
@@ -364,7 +388,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ValueError(f"{gguf} lacks the weights {', '.join(left[:3])}.")
     if loaded.can_generate():
         twin.generation_config = loaded.generation_config
-    with _quiet_bars():
+    with _quiet():
         twin.save_pretrained(folder)
     _split_digits(tokenizer, pre)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
