@@ -161,14 +161,14 @@ def _scan_chunk(
         with tap(model, *whole) as t:
             other = metric(answer_logits(model, chunk, chunk.corrupt), chunk)
         source = {site: t[site] for site in whole}
-    with tap(model, *starts, *whole) as t:
+    with tap(model, *starts, *whole) as t, _noting_tuples(body) as tuples:
         logits = answer_logits(model, chunk)
     base = metric(logits, chunk)
     prefix = {site: t[site] for site in starts}
     if how == "resample" and chunk.corrupt is None:
         source = {site: t[site].roll(1, 0) for site in whole}
     share_prefix = share_prefix and len(starts) > 0 and all(site.stack == "" for site in whole)
-    run = _Runner(model, body, chunk, metric, {s.layer: v for s, v in prefix.items()} if share_prefix else {})
+    run = _Runner(model, body, chunk, metric, {s.layer: v for s, v in prefix.items()} if share_prefix else {}, tuples)
     if share_prefix and not run.agrees(base):
         log.warning("%s cannot be started from a middle layer; scanning with full forward passes.", body.model_type)
         run = replace(run, prefix={})
@@ -195,6 +195,7 @@ class _Runner:
     chunk: Batch
     metric: Metric
     prefix: dict[int, Tensor]
+    tuples: set[int]
 
     def agrees(self, base: Tensor) -> bool:
         """Whether starting from the deepest cached residual gives the metric of the full run."""
@@ -238,18 +239,34 @@ class _Runner:
                 return cached.repeat(copies, 1, 1).to(value.dtype)
 
             started.insert(0, (Site(layer, "resid_pre"), start))
-        with _skipping(self.body, layer if self.prefix else None), listen(self.model, started):
+        with _skipping(self.body, layer if self.prefix else None, self.tuples), listen(self.model, started):
             values = self.metric(answer_logits(self.model, batch, inputs), batch)
         return list(values.cpu().split(len(self.chunk)))
 
 
 @contextmanager
-def _skipping(body: Anatomy, layer: int | None) -> Iterator[None]:
+def _noting_tuples(body: Anatomy) -> Iterator[set[int]]:
+    """Numbers of the blocks whose forward returns a tuple rather than a tensor, noted while the model runs."""
+    found: set[int] = set()
+
+    def note(number: int) -> Callable[[nn.Module, object, object], None]:
+        return lambda _module, _args, output: found.add(number) if isinstance(output, tuple) else None
+
+    hooks = [block.register_forward_hook(note(number)) for number, block in body.blocks[""].items()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _skipping(body: Anatomy, layer: int | None, tuples: set[int]) -> Iterator[None]:
     """Blocks of the main stack below `layer` hand their input on; afterwards they are what they were."""
     blocks = {n: b for n, b in body.blocks[""].items() if layer is not None and n < layer}
     before: dict[int, object] = {n: b.__dict__.get("forward") for n, b in blocks.items()}
-    for block in blocks.values():
-        block.forward = _pass_on_tuple if body.returns_tuple[id(block)] else _pass_on
+    for number, block in blocks.items():
+        block.forward = _pass_on_tuple if number in tuples else _pass_on
     try:
         yield
     finally:
