@@ -1,0 +1,61 @@
+"""Notebook widgets: the map, the head card and the pattern, drawn by the same modules as the report."""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwise.view.gather import gather
+
+if TYPE_CHECKING:
+    from anywidget import AnyWidget
+
+    from headwise.atlas import Atlas
+
+STATIC = Path(__file__).parent / "static"
+SHARED = {"unit": "", "colour": "roles", "prompt": "", "side": "query", "token": -1, "view": "grid", "role": ""}
+
+
+@cache
+def _widget_class(module: str, title: str) -> "type[AnyWidget]":
+    """The anywidget class whose front end is `static/<module>.js`."""
+    try:
+        import anywidget
+        import traitlets
+    except ImportError as problem:
+        raise ImportError(
+            "Notebook widgets need anywidget: pip install 'headwise[view]'. The report needs nothing."
+        ) from problem
+    kinds = {str: traitlets.Unicode, int: traitlets.Int}
+    traits = {name: kinds[type(value)](value).tag(sync=True) for name, value in SHARED.items()}
+    body = {
+        "_esm": STATIC / f"{module}.js",
+        "_css": STATIC / "headwise.css",
+        "data": traitlets.Dict().tag(sync=True),
+        **traits,
+    }
+    return type(title, (anywidget.AnyWidget,), body | {"__doc__": f"The {title} view of an atlas."})
+
+
+def _make(module: str, title: str, atlas: "Atlas", **state: Any) -> "AnyWidget":
+    data = gather(atlas)
+    units = [head["unit"] for head in data["heads"]]
+    if state.get("unit") and state["unit"] not in units:
+        raise ValueError(
+            f"This atlas has no head {state['unit']!r}; it has {len(units)}, such as {', '.join(units[:3])}."
+        )
+    return _widget_class(module, title)(data=data, **state)
+
+
+def HeadMap(atlas: "Atlas", unit: str = "", colour: str = "roles") -> "AnyWidget":
+    """All heads as a grid, coloured by role or by one score. `.unit` is the selected head, both ways."""
+    return _make("headmap", "HeadMap", atlas, unit=unit, colour=colour)
+
+
+def HeadCard(atlas: "Atlas", unit: str = "") -> "AnyWidget":
+    """What one head does, and the evidence for it."""
+    return _make("headcard", "HeadCard", atlas, unit=unit)
+
+
+def PatternView(atlas: "Atlas", unit: str = "", prompt: str = "") -> "AnyWidget":
+    """Where one head looks on a stored prompt."""
+    return _make("patternview", "PatternView", atlas, unit=unit, prompt=prompt)

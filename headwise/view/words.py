@@ -1,0 +1,107 @@
+"""The sentences and the Python that a view shows beside its numbers."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from headwise.claim import Claim
+
+if TYPE_CHECKING:
+    from headwise.score import Score
+
+
+def role_phrase(role: str) -> str:
+    """`role_phrase("induction") == "an induction head"`."""
+    return f"{'an' if role[:1] in 'aeiou' else 'a'} {role} head"
+
+
+WEAK = ("seen", "read")
+
+
+def shown_role(head: dict[str, Any], claims: dict[str, list[Claim]]) -> str:
+    """The role a head is drawn with: the proved one, else the one that most of its evidence is for, else "unknown"."""
+    if head["verdict"] == "proved":
+        return head["role"]
+    made = [claim for claim in claims.get(head["unit"], []) if claim.verdict == head["verdict"] and _steps(claim)]
+    return max(made, key=lambda claim: len(_steps(claim))).role if made else head["role"]
+
+
+def _steps(claim: Claim) -> list[str]:
+    return list(dict.fromkeys(rung.step for rung in claim.rungs if rung.passed))
+
+
+def _passed(claim: Claim) -> str:
+    """The steps that hold; of a proved claim only those beyond looking the part."""
+    steps = _steps(claim)
+    if claim.verdict == "proved":
+        steps = [step for step in steps if step not in WEAK] or steps
+    return ", ".join(steps)
+
+
+def _failed(claim: Claim) -> str:
+    steps = [step for step in dict.fromkeys(rung.step for rung in claim.rungs) if step not in _steps(claim)]
+    return " and ".join(f"not {step}" for step in steps)
+
+
+def head_sentence(head: dict[str, Any], claims: list[Claim]) -> str:
+    """What a head does, as far as its claims go; never more than the evidence says."""
+    unit = head["unit"]
+    proved = [claim for claim in claims if claim.verdict == "proved"]
+    if proved:
+        steps = [f"{role_phrase(claim.role)}: proved ({_passed(claim) or 'no rung kept'})" for claim in proved]
+        return f"{unit} is {'; and '.join(steps)}."
+    likely = [claim for claim in claims if claim.verdict == "unknown" and _steps(claim)]
+    refuted = [claim for claim in claims if claim.verdict == "refuted"]
+    if likely:
+        looks = "; also ".join(f"{role_phrase(claim.role)} ({_passed(claim)})" for claim in likely)
+        return f"{unit} is unknown; looks like {looks}."
+    if refuted:
+        why = "; ".join(f"{role_phrase(claim.role)} ({_failed(claim) or 'the null does as well'})" for claim in refuted)
+        return f"{unit} is not {why}: refuted."
+    if head["role"] != "unknown":
+        return f"{unit} is unknown; looks like {role_phrase(head['role'])}."
+    return f"{unit} is unknown: no test singles it out."
+
+
+def _listed(counts: Counter[str]) -> str:
+    parts = [f"{n} {role}" for role, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def summary_sentence(heads: list[dict[str, Any]]) -> str:
+    """How many heads are proved and in which role, how many refuted, how many unknown."""
+    if not heads:
+        return "This atlas holds no heads yet."
+    roles = Counter(row["role"] for row in heads if row["verdict"] == "proved")
+    refuted = sum(row["verdict"] == "refuted" for row in heads)
+    unknown = len(heads) - roles.total() - refuted
+    noun = "head" if len(heads) == 1 else "heads"
+    verb = "is" if roles.total() == 1 else "are"
+    proved = (
+        f"{roles.total()} of {len(heads)} {noun} {verb} proved: {_listed(roles)}."
+        if roles
+        else f"None of {len(heads)} {noun} is proved."
+    )
+    other = f" {refuted} {'was' if refuted == 1 else 'were'} tested and refuted." if refuted else ""
+    return f"{proved}{other} {unknown} {'is' if unknown == 1 else 'are'} unknown."
+
+
+def _call(method: dict[str, Any]) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in (method.get("fields") or {}).items())
+    return f'load("{method.get("name", "")}")({options})'
+
+
+def score_code(score: "Score") -> str:
+    """Python that makes a score again from its provenance; empty where the provenance names no method."""
+    about = score.about
+    method, task = about.get("method"), about.get("task")
+    if not isinstance(method, dict) or "name" not in method:
+        return ""
+    lines = ["from headwise.method import load", "from headwise.models import open_model", ""]
+    lines.append(f"model, tokenizer = open_model({about.get('model', 'default')!r})")
+    batch = "None"
+    if isinstance(task, dict) and str(task.get("task", "")).startswith("data."):
+        fields = {k: v for k, v in task.items() if k not in ("task", "version", "n", "seed", "rows")}
+        made = _call({"name": task["task"], "fields": fields})
+        lines.append(f"batch = {made}.make(tokenizer, n={task.get('n', 8)}, seed={task.get('seed', 0)})")
+        batch = "batch"
+    return "\n".join([*lines, f"again = {_call(method)}.score(model, {batch})"])

@@ -1,0 +1,275 @@
+"""The report and the widgets: what they hold of an atlas, and what they refuse."""
+
+import json
+import re
+import sys
+import zlib
+from base64 import b64decode
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from synthetic_atlas import FINGERPRINT, TEXTS, empty_atlas, score_table, synthetic_atlas
+
+from headwise.atlas import Atlas
+from headwise.claim import ROLES, Claim, Rung
+from headwise.score import Score
+from headwise.view import report, words
+from headwise.view.gather import gather
+
+PALETTE = json.loads((Path(report.__file__).parent / "palette.json").read_text(encoding="utf-8"))
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and the text of the data block."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.data = ""
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = dict(attrs).get("id") == "headwise-data"
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.data += data
+
+
+def page_of(atlas: Atlas, folder: Path) -> Page:
+    return Page(report.write(atlas, folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory) -> Atlas:
+    return synthetic_atlas(tmp_path_factory.mktemp("atlas") / "small", layers=8, heads=9)
+
+
+def test_the_report_is_one_file_that_fetches_nothing(atlas, tmp_path):
+    page = page_of(atlas, tmp_path)
+    links = [
+        value
+        for _, attrs in page.elements
+        for key, value in attrs.items()
+        if key in ("src", "href", "srcset", "action")
+    ]
+    assert links == ["data:,"]
+    policy = next(attrs["content"] for tag, attrs in page.elements if tag == "meta" and "http-equiv" in attrs)
+    assert policy is not None and policy.startswith("default-src 'none'")
+    style = report.built("headwise.css")
+    assert "url(" not in style and "@import" not in style
+    script = report.built("report.js")
+    # The only addresses in the script name XML vocabularies; browsers do not open those.
+    assert set(re.findall(r"https?://[^\s\"'`)]+", script)) <= {
+        "http://www.w3.org/1999/xhtml",
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1998/Math/MathML",
+        "http://www.w3.org/1999/xlink",
+        "http://www.w3.org/XML/1998/namespace",
+        "http://www.w3.org/2000/xmlns/",
+    }
+    assert "</script" not in script.lower()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html"]
+
+
+def test_the_data_of_the_atlas_arrives_whole(atlas, tmp_path):
+    data = json.loads(page_of(atlas, tmp_path).data)
+    assert data == json.loads(json.dumps(gather(atlas)))
+    units = [head["unit"] for head in data["heads"]]
+    assert len(units) == 72
+    score = next(one for one in data["scores"] if one["name"] == "induction_stripe")
+    assert score["value"][units.index("L5.H1")] == pytest.approx(atlas.score("induction_stripe")["L5.H1"], rel=1e-4)
+    assert score["about"]["fingerprint"] == FINGERPRINT
+    prompt = next(one for one in data["patterns"] if one["id"] == "code")
+    tokens, text, layers = atlas.pattern("code")
+    assert prompt["tokens"] == tokens and prompt["text"] == text == TEXTS["code"]
+    packed = prompt["layers"]["L5"]
+    raw = np.frombuffer(zlib.decompress(b64decode(packed["data"])), np.uint8).reshape(packed["shape"])
+    assert np.array_equal(raw, layers[5])
+    rung = data["claims"]["L5.H1"][0]["rungs"][-1]
+    held = atlas.claims(unit="L5.H1")[0].rungs[-1]
+    assert rung["p_holm"] == pytest.approx(held.p_holm, rel=1e-3) and rung["passed"] is held.passed
+    assert data["readouts"]["L5.H1"]["ov"][0][0] == " lake"
+
+
+def test_scores_of_kv_heads_stand_on_every_query_head_that_reads_them(tmp_path):
+    atlas = empty_atlas(tmp_path, {0: 4, 3: 4}, {0: 2, 3: 1})
+    table = score_table([(0, 0), (0, 1), (3, 0)], np.array([1.0, 2.0, 3.0]), letter="G")
+    atlas.add(Score("use", table, "kv", "seen", {}))
+    assert gather(atlas)["scores"][0]["value"] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0]
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "]]>",
+    "&lt;",
+    "\u2028",
+    "\ud800",
+    "\x00",
+    '"',
+    "\\",
+    "{title}",
+]
+
+
+def test_no_token_can_leave_the_data_block(tmp_path):
+    atlas = empty_atlas(tmp_path / "a", {0: 1}, model="</title><script>alert(2)</script>")
+    size = len(HOSTILE)
+    atlas.add_pattern("odd", HOSTILE, "</script>", {0: np.zeros((1, size, size), np.uint8)})
+    rows = [("L0.H0", "ov", token, token, 1.0, 0) for token in HOSTILE if token != "\ud800"]
+    atlas.add_readouts(
+        pl.DataFrame(rows, schema=["unit", "circuit", "source", "target", "value", "rank"], orient="row")
+    )
+    page = page_of(atlas, tmp_path)
+    assert [tag for tag, _ in page.elements].count("script") == 2
+    tokens = json.loads(page.data)["patterns"][0]["tokens"]
+    assert [t for t in tokens if t != "?"] == [t for t in HOSTILE if t != "\ud800"]
+    assert "<!--" not in page.data
+
+
+def test_an_empty_atlas_has_a_report(tmp_path):
+    data = gather(empty_atlas(tmp_path / "a", {0: 2, 1: 2}))
+    assert data["summary"] == "None of 4 heads is proved. 4 are unknown."
+    assert (data["scores"], data["claims"], data["patterns"], data["readouts"]) == ([], {}, [], {})
+    assert data["heads"][0]["sentence"] == "L0.H0 is unknown: no test singles it out."
+    assert gather(empty_atlas(tmp_path / "b", {}))["summary"] == "This atlas holds no heads yet."
+
+
+def test_uneven_and_sparse_layers_keep_their_numbers(tmp_path):
+    data = gather(empty_atlas(tmp_path, {3: 4, 7: 2, 11: 8}))
+    assert data["stacks"] == [{"name": "", "title": "", "layers": [3, 7, 11], "width": 8}]
+    assert [h["unit"] for h in data["heads"]][3:6] == ["L3.H3", "L7.H0", "L7.H1"]
+
+
+def test_numbers_that_are_none_arrive_as_null(tmp_path):
+    atlas = empty_atlas(tmp_path / "a", {0: 3})
+    table = score_table([(0, 0), (0, 1), (0, 2)], np.array([np.nan, 1.0, 0.5]))
+    table = table.with_columns(value=pl.Series([np.nan, np.inf, 0.5]))
+    atlas.add(Score("odd", table, "head", "seen", {"threshold": float("nan")}))
+    score = json.loads(page_of(atlas, tmp_path).data)["scores"][0]
+    assert score["value"] == [None, None, 0.5] and score["about"]["threshold"] is None
+
+
+def rung(step: str, passed: bool) -> Rung:
+    return Rung(step, "score", 0.5, 0.4, 0.6, 0.1, 0.01, 0.02, 20, 0.5, passed)
+
+
+def sentence(verdict: str, *rungs: Rung, role: str = "induction") -> str:
+    head = {"unit": "L5.H1", "role": role if verdict == "proved" else "unknown", "verdict": verdict}
+    return words.head_sentence(head, [Claim("L5.H1", role, verdict, list(rungs))])
+
+
+def test_a_sentence_says_no_more_than_the_evidence():
+    seen, needed, enough = (rung(step, True) for step in ("seen", "needed", "enough"))
+    assert sentence("proved", seen, needed, enough) == "L5.H1 is an induction head: proved (needed, enough)."
+    assert sentence("proved", needed, role="sink") == "L5.H1 is a sink head: proved (needed)."
+    assert sentence("unknown", seen, rung("needed", False)) == "L5.H1 is unknown; looks like an induction head (seen)."
+    assert (
+        sentence("refuted", seen, rung("needed", False), rung("enough", False))
+        == "L5.H1 is not an induction head (not needed and not enough): refuted."
+    )
+    assert sentence("unknown", rung("needed", False)) == "L5.H1 is unknown: no test singles it out."
+
+
+def test_the_summary_counts_add_up():
+    heads = [{"role": "induction", "verdict": "proved"}] * 2 + [{"role": "sink", "verdict": "proved"}]
+    heads += [{"role": "unknown", "verdict": "unknown"}] * 4 + [{"role": "induction", "verdict": "refuted"}]
+    expected = "3 of 8 heads are proved: 2 induction and 1 sink. 1 was tested and refuted. 4 are unknown."
+    assert words.summary_sentence(heads) == expected
+
+
+def test_a_head_that_only_looks_like_a_role_is_drawn_with_it(atlas):
+    heads = {head["unit"]: head for head in gather(atlas)["heads"]}
+    assert (heads["L6.H1"]["role"], heads["L6.H1"]["verdict"]) == ("previous token", "unknown")
+    assert (heads["L4.H7"]["role"], heads["L4.H7"]["verdict"]) == ("induction", "refuted")
+
+
+def test_the_code_of_a_score_is_python_that_names_its_method(atlas):
+    code = words.score_code(atlas.score("induction_stripe"))
+    compile(code, "score", "exec")
+    assert 'load("data.repeated")().make(tokenizer, n=100, seed=0)' in code
+    assert 'load("heads.induction")(rows=8).score(model, batch)' in code
+    assert words.score_code(Score("x", score_table([(0, 0)], np.array([1.0])), about={"method": "by hand"})) == ""
+
+
+def test_writing_leaves_the_old_report_when_it_fails(atlas, tmp_path, monkeypatch):
+    out = report.write(atlas, tmp_path / "deep" / "report.html")
+    before = out.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write(atlas, out)
+    assert out.read_bytes() == before and [p.name for p in out.parent.iterdir()] == ["report.html"]
+
+
+def test_a_package_without_built_files_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "STATIC", tmp_path)
+    with pytest.raises(ValueError, match=r"report\.js is missing\. Run `make web`"):
+        report.built("report.js")
+
+
+def test_every_role_has_a_colour_and_a_mark_of_its_own():
+    roles = PALETTE["roles"]
+    assert list(roles) == [role.name for role in ROLES] + ["unknown"]
+    looks = [(entry["colour"], entry["barred"]) for name, entry in roles.items() if name != "unknown"]
+    marks = [entry["mark"] for entry in roles.values()]
+    assert len(set(looks)) == len(looks) and len(set(marks)) == len(marks)
+
+
+def contrast(one: str, two: str) -> float:
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    high, low = sorted((light(one), light(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("ink", ["text", "quiet", "accent", "passed", "failed"])
+def test_text_reads_on_every_ground(theme, ink):
+    page = PALETTE["page"][theme]
+    assert min(contrast(page[ink], page[ground]) for ground in ("ground", "panel", "sunk")) >= 4.5
+    assert contrast(page["text"], page["attend"]) >= 4.5
+
+
+@pytest.mark.parametrize("name", ["sequential", "diverging"])
+def test_colour_maps_are_even(name):
+    lights = [contrast(colour, "#000000") for colour in PALETTE[name]]
+    rising = np.diff(lights)
+    if name == "sequential":
+        assert (rising > 0).all()
+    else:
+        middle = len(lights) // 2
+        assert (rising[: middle - 1] > 0).all() and (rising[middle + 1 :] < 0).all()
+
+
+def test_widgets_show_the_same_data(atlas):
+    widgets = pytest.importorskip("headwise.view.widgets")
+    made = widgets.HeadMap(atlas, unit="L5.H1", colour="induction_stripe")
+    assert made.data == gather(atlas) and (made.unit, made.colour) == ("L5.H1", "induction_stripe")
+    for widget in (made, widgets.HeadCard(atlas), widgets.PatternView(atlas, prompt="code")):
+        assert re.search(r"export\s*{[^}]*\bas default\b", str(widget._esm))
+        assert ".hw" in str(widget._css)
+        widget.close()
+
+
+def test_widgets_name_what_is_wrong(atlas, monkeypatch):
+    from headwise.view import widgets
+
+    with pytest.raises(ValueError, match=r"no head 'L99\.H1'; it has 72, such as L0\.H0"):
+        widgets.HeadCard(atlas, unit="L99.H1")
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    widgets._widget_class.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'headwise\[view\]'"):
+        widgets.HeadMap(atlas)
+    widgets._widget_class.cache_clear()

@@ -1,0 +1,87 @@
+// What headwise/view/gather.py hands over, and the `model` through which every host gives it.
+
+export interface Head {
+  unit: string;
+  stack: string;
+  layer: number;
+  index: number;
+  role: string;
+  verdict: "proved" | "refuted" | "unknown";
+  sentence: string;
+}
+
+type Column = (number | null)[];
+
+export interface Score {
+  name: string;
+  kind: "head" | "kv";
+  evidence: string;
+  about: Record<string, unknown>;
+  code: string;
+  value: Column;
+  low: Column;
+  high: Column;
+  n: Column;
+}
+
+export interface Rung {
+  step: string;
+  score: string;
+  value: number | null;
+  low: number | null;
+  high: number | null;
+  null: number | null;
+  p: number | null;
+  p_holm: number | null;
+  n: number | null;
+  share: number | null;
+  passed: boolean;
+}
+
+export interface Claim {
+  role: string;
+  verdict: Head["verdict"];
+  rungs: Rung[];
+}
+
+export interface Prompt {
+  id: string;
+  tokens: string[];
+  text: string;
+  layers: Record<string, { shape: [number, number, number]; data: string }>;
+}
+
+export type Readout = [source: string, target: string, value: number | null];
+
+export interface Stack {
+  name: string;
+  title: string;
+  layers: number[];
+  width: number;
+}
+
+export interface Data {
+  format: number;
+  about: Record<string, unknown>;
+  atlas: string;
+  summary: string;
+  does: Record<string, string>;
+  stacks: Stack[];
+  heads: Head[];
+  scores: Score[];
+  tests: Record<string, Record<string, unknown>>;
+  claims: Record<string, Claim[]>;
+  patterns: Prompt[];
+  readouts: Record<string, Record<string, Readout[]>>;
+}
+
+/** anywidget's front-end model: the only thing a view is given beside its element. */
+export interface Model {
+  get(key: string): any;
+  set(key: string, value: unknown): void;
+  save_changes(): void;
+  on(event: string, callback: () => void): void;
+  off(event: string, callback: () => void): void;
+}
+
+export const LADDER = ["seen", "read", "needed", "enough", "mediated", "grown"];

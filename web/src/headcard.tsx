@@ -1,0 +1,4 @@
+import { Card } from "./card";
+import { mountable } from "./mount";
+
+export default mountable(Card);

@@ -1,0 +1,4 @@
+import { mountable } from "./mount";
+import { PatternPanel } from "./pattern";
+
+export default mountable(PatternPanel);

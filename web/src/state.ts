@@ -1,0 +1,89 @@
+// The state of one view: a signal for each thing the reader can choose, kept equal to the host's model.
+import { effect, signal, type Signal } from "@preact/signals";
+import { ROLES } from "./colour";
+import type { Data, Head, Model, Prompt, Score } from "./data";
+
+export interface State {
+  data: Data;
+  unit: Signal<string>;
+  colour: Signal<string>;
+  prompt: Signal<string>;
+  side: Signal<string>;
+  token: Signal<number>;
+  view: Signal<string>;
+  role: Signal<string>;
+  hover: Signal<string>;
+  source: Signal<string>;
+  place: Map<string, number>;
+  stop: () => void;
+}
+
+const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role"] as const;
+
+/** A proved head where there is one, in the order of roles. */
+export function firstHead(data: Data): string {
+  const order = (head: Head) => (head.verdict === "proved" ? 0 : head.role !== "unknown" ? 100 : 200) + ROLES.indexOf(head.role);
+  return [...data.heads].sort((a, b) => order(a) - order(b))[0]?.unit ?? "";
+}
+
+export function createState(model: Model): State {
+  const data = model.get("data") as Data;
+  const place = new Map(data.heads.map((head, i) => [head.unit, i]));
+  const fallback: Record<(typeof SHARED)[number], string | number> = {
+    unit: firstHead(data),
+    colour: "roles",
+    prompt: data.patterns[0]?.id ?? "",
+    side: "query",
+    token: -1,
+    view: "grid",
+    role: "",
+  };
+  const valid: Partial<Record<string, (value: any) => boolean>> = {
+    unit: (value) => place.has(value),
+    colour: (value) => value === "roles" || data.scores.some((score) => score.name === value),
+    prompt: (value) => data.patterns.some((prompt) => prompt.id === value),
+    side: (value) => value === "query" || value === "key",
+    view: (value) => value === "grid" || value === "table",
+  };
+  const read = (key: (typeof SHARED)[number]) => {
+    const value = model.get(key);
+    const given = value !== undefined && value !== null && value !== "" && (valid[key]?.(value) ?? true);
+    return given ? value : fallback[key];
+  };
+  const signals = Object.fromEntries(SHARED.map((key) => [key, signal(read(key))]));
+  const stops: (() => void)[] = [];
+  for (const key of SHARED) {
+    const pull = () => { signals[key]!.value = read(key); };
+    model.on(`change:${key}`, pull);
+    stops.push(() => model.off(`change:${key}`, pull));
+    stops.push(effect(() => {
+      const value = signals[key]!.value;
+      if (model.get(key) !== value) { model.set(key, value); model.save_changes(); }
+    }));
+  }
+  return { data, place, hover: signal(""), source: signal(""), stop: () => stops.forEach((stop) => stop()), ...signals } as unknown as State;
+}
+
+export const headOf = (state: State, unit: string): Head | undefined => state.data.heads[state.place.get(unit) ?? -1];
+export const scoreOf = (state: State, name: string): Score | undefined => state.data.scores.find((score) => score.name === name);
+export const promptOf = (state: State): Prompt | undefined => state.data.patterns.find((prompt) => prompt.id === state.prompt.value);
+
+export interface Rank { rank: number; of: number }
+
+const ranks = new WeakMap<Score, (Rank | undefined)[]>();
+
+/** Where a head stands in a score: 1 is the highest value; heads without a value have no rank. */
+export function rankOf(score: Score, i: number): Rank | undefined {
+  let found = ranks.get(score);
+  if (!found) {
+    const order = score.value.map((value, at) => ({ value, at })).filter((one) => one.value !== null);
+    order.sort((a, b) => b.value! - a.value!);
+    found = score.value.map(() => undefined);
+    order.forEach((one, rank) => {
+      const tie = rank > 0 && order[rank - 1]!.value === one.value ? found![order[rank - 1]!.at]!.rank : rank + 1;
+      found![one.at] = { rank: tie, of: order.length };
+    });
+    ranks.set(score, found);
+  }
+  return found[i];
+}

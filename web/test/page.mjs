@@ -1,0 +1,121 @@
+// Drives the report in Chromium: node web/test/page.mjs <report.html> <folder for screenshots>
+// Prints one JSON object of what was found; tests/test_report_page.py judges it.
+import { chromium } from "playwright-core";
+import { createRequire } from "node:module";
+import { readFileSync } from "node:fs";
+import { join, resolve } from "node:path";
+import { pathToFileURL } from "node:url";
+import { executable, flags } from "./browser.mjs";
+
+const [report, shots] = process.argv.slice(2);
+const address = pathToFileURL(resolve(report)).href;
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, size: {} };
+
+const browser = await chromium.launch({ executablePath: executable(), args: flags });
+
+async function open(options, hash = "") {
+  const page = await browser.newPage({ viewport: { width: 1440, height: 980 }, ...options });
+  page.on("console", (message) => { if (["error", "warning"].includes(message.type())) found.errors.push(message.text()); });
+  page.on("pageerror", (error) => found.errors.push(String(error)));
+  page.on("request", (request) => { if (!/^(file|data|blob|about):/.test(request.url())) found.requests.push(request.url()); });
+  await page.goto(address + hash);
+  await page.waitForSelector(".hw-card");
+  return page;
+}
+
+const selected = (page) => page.locator('[role="gridcell"][aria-selected="true"]').getAttribute("data-unit");
+const title = (page) => page.locator(".hw-card h2").first().textContent();
+
+async function check(page, name) {
+  // The policy of the page lets no script in that is not its own; axe comes in by the debugger.
+  await page.evaluate(axe);
+  const result = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
+  found.checks[name] = result.passes.length;
+  found.violations[name] = result.violations.map((one) => `${one.id}: ${one.nodes.slice(0, 3).map((n) => `${n.html.slice(0, 160)} ${n.any[0]?.message ?? ""}`).join(" | ")}`);
+  await page.screenshot({ path: join(shots, `${name}.png`), fullPage: true });
+}
+
+async function keyboard() {
+  const page = await open({}, "#L5.H1");
+  await page.waitForSelector(".hw-grid");
+  await page.locator('[role="gridcell"][tabindex="0"]').focus();
+  found.keyboard.start = await selected(page);
+  for (const key of ["ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "Home", "End"]) {
+    await page.keyboard.press(key);
+    found.keyboard[key] = await selected(page);
+  }
+  found.keyboard.focused = await page.evaluate(() => document.activeElement?.getAttribute("data-unit"));
+  found.keyboard.card = await title(page);
+  found.keyboard.stops = await page.locator('[role="grid"] [tabindex="0"]').count();
+  await page.keyboard.press("Enter");
+  found.keyboard.enter = await page.evaluate(() => document.activeElement?.textContent);
+  found.keyboard.address = new URL(page.url()).hash;
+  await page.close();
+}
+
+async function links() {
+  const page = await open({}, "#L7.H4&colour=induction_ablation&side=key");
+  found.hash.opened = await title(page);
+  found.hash.colour = await page.locator("select").inputValue();
+  found.hash.side = await page.locator('.hw-pattern .hw-choice [aria-pressed="true"]').textContent();
+  await page.evaluate(() => { location.hash = "#L2.H3"; });
+  await page.waitForFunction(() => document.querySelector(".hw-card h2")?.textContent === "L2.H3");
+  found.hash.followed = await selected(page);
+  await page.evaluate(() => { location.hash = "#L999.H1"; });
+  await page.waitForTimeout(100);
+  found.hash.unknown = await title(page);
+  await page.locator('[data-unit="L3.H3"]').click();
+  found.hash.clicked = await title(page);
+  await page.locator("select").selectOption("roles");
+  await page.getByRole("button", { name: "Table", exact: true }).click();
+  await page.locator(".hw-scroll thead button").filter({ hasText: "Role" }).click();
+  found.state.sorted = await page.locator('.hw-scroll th[aria-sort="ascending"]').textContent();
+  found.state.rows = await page.locator(".hw-scroll tbody tr").count();
+  found.state.address = new URL(page.url()).hash;
+  await page.close();
+}
+
+async function pattern() {
+  const page = await open({}, "#L5.H1&prompt=code");
+  await page.waitForSelector(".hw-token");
+  found.pattern.tokens = await page.locator(".hw-token").count();
+  found.pattern.text = await page.locator(".hw-strip").textContent();
+  await page.locator(".hw-token").nth(6).click();
+  found.pattern.chosen = await page.locator('.hw-token[aria-selected="true"]').getAttribute("data-at");
+  await page.locator('.hw-token[tabindex="0"]').focus();
+  await page.mouse.move(0, 0);
+  await page.keyboard.press("ArrowRight");
+  found.pattern.moved = await page.locator('.hw-token[aria-selected="true"]').getAttribute("data-at");
+  found.pattern.weight = await page.locator(".hw-token").nth(0).getAttribute("aria-label");
+  await page.getByText("The same in Python").click();
+  found.pattern.code = await page.locator(".hw-code code").textContent();
+  await page.close();
+}
+
+try {
+  await keyboard();
+  await links();
+  await pattern();
+  const looks = [
+    ["roles", "light", ""],
+    ["roles", "dark", ""],
+    ["sequential", "dark", "#L5.H1&colour=induction_stripe"],
+    ["diverging", "light", "#L10.H5&colour=induction_ablation"],
+    ["table", "light", "#L4.H7&view=table&colour=entropy_change"],
+  ];
+  for (const [name, colorScheme, hash] of looks) {
+    const page = await open({ colorScheme, reducedMotion: "reduce" }, hash);
+    await page.waitForTimeout(150);
+    for (const summary of await page.locator(".hw-card > details > summary").all()) await summary.click();
+    await check(page, `${name}-${colorScheme}`);
+    await page.close();
+  }
+  const narrow = await open({ viewport: { width: 700, height: 900 } });
+  await narrow.waitForTimeout(150);
+  found.size.overflow = await narrow.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+  await check(narrow, "narrow");
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(found));
