@@ -87,6 +87,15 @@ def test_axe_finds_no_violation_in_light_or_dark(found):
     assert len(found["violations"]) == 6
 
 
+def test_the_same_modules_work_as_notebook_widgets(found):
+    made = found["widgets"]
+    assert made["headmap"]["picked"] == "L2.H3" and made["headmap"]["saved"] > 0
+    assert made["headmap"]["followed"] == "Map L7.H4"
+    assert made["headcard"]["followed"].strip() == "L7.H4"
+    assert made["patternview"]["followed"].startswith("Pattern of L7.H4")
+    assert all((one["left"], one["heard"]) == (0, 0) for one in made.values())
+
+
 def test_it_fits_a_narrow_window(found):
     assert found["size"]["overflow"] <= 0
     assert "narrow.png" in found["shots"]

@@ -82,7 +82,9 @@ def summary_sentence(heads: list[dict[str, Any]]) -> str:
         else f"None of {len(heads)} {noun} is proved."
     )
     other = f" {refuted} {'was' if refuted == 1 else 'were'} tested and refuted." if refuted else ""
-    return f"{proved}{other} {unknown} {'is' if unknown == 1 else 'are'} unknown."
+    likely = sum(row["verdict"] == "unknown" and row["role"] != "unknown" for row in heads)
+    looks = f", {likely} of them {'looks' if likely == 1 else 'look'} like a role" if likely else ""
+    return f"{proved}{other} {unknown} {'is' if unknown == 1 else 'are'} unknown{looks}."
 
 
 def _call(method: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ export interface Look { fill: string; ink: string; mark: string; barred: boolean
 export function roleLook(role: string, strong: boolean): Look {
   const entry = roles[role] ?? { colour: null, mark: role.slice(0, 1).toUpperCase(), barred: false };
   const ground = parse(page().absent);
-  if (!entry.colour) return { fill: css(ground), ink: page().quiet, mark: entry.mark, barred: false, edge: "transparent" };
+  if (!entry.colour) return { fill: css(ground), ink: page().quiet, mark: "", barred: false, edge: "transparent" };
   const full = parse(entry.colour);
   const fill = strong ? full : mix(ground, full, dark.value ? 0.22 : 0.2);
   const needsEdge = dark.value && luminance(full) < 0.02;
@@ -86,7 +86,7 @@ export function roleLook(role: string, strong: boolean): Look {
 }
 
 export const headLook = (head: Head): Look =>
-  head.verdict === "refuted" ? { ...roleLook("unknown", false), mark: "" } : roleLook(head.role, head.verdict === "proved");
+  head.verdict === "refuted" ? { ...roleLook("unknown", false), mark: "\u00d7" } : roleLook(head.role, head.verdict === "proved");
 
 /** The tint behind a token for a weight from 0 to 1, along its square root so that weak links show. */
 export function attendTint(weight: number): string {

@@ -19,7 +19,7 @@ export function Rungs({ state, claim }: { state: State; claim: Claim }) {
             <th scope="col" class="hw-number">Null</th>
             <th scope="col" class="hw-number">p (Holm)</th>
             <th scope="col" class="hw-number">n</th>
-            <th scope="col">Holds, share</th>
+            <th scope="col">Holds</th>
           </tr>
         </thead>
         <tbody>

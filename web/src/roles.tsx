@@ -1,5 +1,5 @@
 // The legend, which is also the result: every role with its proved heads and those that only look like it.
-import { dark, roleLook, ROLES } from "./colour";
+import { dark, headLook, roleLook, ROLES } from "./colour";
 import type { State } from "./state";
 import { Swatch } from "./small";
 
@@ -9,6 +9,7 @@ export function Roles({ state }: { state: State }) {
   const present = [...new Set(heads.map((head) => head.role))].filter((role) => role !== "unknown");
   const order = (role: string) => (ROLES.indexOf(role) + ROLES.length) % ROLES.length;
   present.sort((a, b) => order(a) - order(b));
+  const tested = heads.find((head) => head.verdict === "refuted");
   const unknown = heads.filter((head) => head.role === "unknown").length;
   return (
     <section class="hw-panel hw-roles" aria-label="Roles">
@@ -39,8 +40,9 @@ export function Roles({ state }: { state: State }) {
       </ul>
       <p class="hw-key">
         <span><Swatch look={roleLook(present[0] ?? "induction", true)} proved /> proved: needed and enough beat random heads</span>
-        <span><Swatch look={roleLook(present[0] ?? "induction", false)} /> looks like it</span>
-        <span><Swatch look={roleLook("unknown", false)} /> unknown{unknown ? `: ${unknown}` : ""}</span>
+        <span><Swatch look={roleLook(present[0] ?? "induction", false)} /> only looks like it</span>
+        <span><Swatch look={roleLook("unknown", false)} /> no role seen: {unknown}</span>
+        {tested && <span><Swatch look={headLook(tested)} /> tested and refuted</span>}
       </p>
     </section>
   );

@@ -3,14 +3,14 @@
 import { chromium } from "playwright-core";
 import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
-import { join, resolve } from "node:path";
-import { pathToFileURL } from "node:url";
+import { dirname, join, resolve } from "node:path";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { executable, flags } from "./browser.mjs";
 
 const [report, shots] = process.argv.slice(2);
 const address = pathToFileURL(resolve(report)).href;
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, size: {} };
+const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, widgets: {}, size: {} };
 
 const browser = await chromium.launch({ executablePath: executable(), args: flags });
 
@@ -93,7 +93,45 @@ async function pattern() {
   await page.close();
 }
 
+/** The widgets' modules, loaded as a notebook loads them: from a blob, with a model of the notebook's own. */
+async function widgets() {
+  const data = JSON.parse(readFileSync(report, "utf8").match(/id="headwise-data">(.*?)<\/script>/s)[1]);
+  const folder = join(dirname(fileURLToPath(import.meta.url)), "..", "..", "headwise", "view", "static");
+  const page = await browser.newPage();
+  page.on("pageerror", (error) => found.errors.push(String(error)));
+  for (const name of ["headmap", "headcard", "patternview"]) {
+    const source = readFileSync(join(folder, `${name}.js`), "utf8");
+    found.widgets[name] = await page.evaluate(async ([source, data]) => {
+      const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+      const state = { data, unit: "L5.H1", colour: "roles", prompt: "", side: "query", token: -1, view: "grid", role: "" };
+      const heard = {};
+      let saved = 0;
+      const model = {
+        get: (key) => state[key],
+        set: (key, value) => { state[key] = value; },
+        save_changes: () => { saved += 1; },
+        on: (event, callback) => { (heard[event] ??= []).push(callback); },
+        off: (event, callback) => { heard[event] = (heard[event] ?? []).filter((one) => one !== callback); },
+      };
+      const el = document.body.appendChild(document.createElement("div"));
+      const stop = module.default.render({ model, el });
+      const wait = () => new Promise((done) => setTimeout(done, 150));
+      await wait();
+      el.querySelector('[data-unit="L2.H3"]')?.click();
+      const picked = state.unit;
+      state.unit = "L7.H4";
+      heard["change:unit"].forEach((callback) => callback());
+      await wait();
+      const followed = el.querySelector("h2")?.textContent + " " + (el.querySelector('[aria-selected="true"]')?.dataset.unit ?? "");
+      stop();
+      return { picked, followed, saved, left: el.childElementCount, heard: Object.values(heard).flat().length };
+    }, [source, data]);
+  }
+  await page.close();
+}
+
 try {
+  await widgets();
   await keyboard();
   await links();
   await pattern();
