@@ -11,7 +11,7 @@ from headwise.task import Batch, Task
 
 @dataclass(frozen=True)
 class Induction(Task):
-    """Random tokens with "X A B" a few times among them, ending in "X A": what comes next is told only by the earlier B.
+    """Random tokens with "X A B" among them a few times, ending in "X A": only the earlier Bs tell the next.
 
     On SmolLM2-135M-Instruct (64 prompts, seed 0) the log-probability of B is -2.4 nats, against -11.3 where every
     earlier A is replaced; B is the top token of 70 % of prompts, and beats the foil in all. One bare pair

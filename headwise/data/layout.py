@@ -84,17 +84,19 @@ def shared_start(rows: Iterable[Sequence[int]]) -> int:
     return count
 
 
-def one_token_words(tokenizer: "PreTrainedTokenizerBase", words: Sequence[str], need: int, what: str) -> list[str]:
-    """Those words that are one known token in the middle of a sentence.
+def one_token_words(
+    tokenizer: "PreTrainedTokenizerBase", words: Sequence[str], need: int, what: str, before: str = "and "
+) -> list[str]:
+    """Those words that are one known token where they follow `before`.
 
     Raises:
         ValueError: fewer than `need` of them are.
     """
     unknown = tokenizer.unk_token_id
-    stem = encode(tokenizer, "and")
+    stem = encode(tokenizer, before.rstrip(" "))
     kept = []
     for word in words:
-        whole = encode(tokenizer, f"and {word}")
+        whole = encode(tokenizer, before + word)
         if whole[: len(stem)] == stem and len(whole) == len(stem) + 1 and whole[-1] != unknown:
             kept.append(word)
     if len(kept) < need:
