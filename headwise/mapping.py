@@ -30,7 +30,7 @@ SEEN = {
     "decoder": (
         "induction", "previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance",
         "entropy", "echo", "razor_induction", "retrieval", "name_mover", "copying", "qk_eigenvalues", "copy_suppression",
-        "successor", "composition", "select_and_copy", "memory_or_context", "topic", "anti_overconfidence",
+        "successor", "k_composition", "select_and_copy", "memory_or_context", "topic", "anti_overconfidence",
     ),
     "encoder": ("previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance", "entropy"),
     "vision": ("distance_profile", "entropy"),
