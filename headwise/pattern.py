@@ -55,6 +55,32 @@ def real(batch: Batch, width: int) -> Tensor:
     return mask.bool()
 
 
+def answering(pattern: Tensor, batch: Batch) -> Tensor:
+    """The pattern [B, H, Tq, Tk] at the queries that predict answers: [B, H, P, Tk]."""
+    rows = torch.arange(len(pattern), device=pattern.device)[:, None]
+    return pattern.transpose(1, 2)[rows, batch.at.to(pattern.device)].transpose(1, 2)
+
+
+def option_ends(batch: Batch) -> Tensor:
+    """[B, options] the column of the last token of each option of a multiple-choice prompt.
+
+    Raises:
+        ValueError: the batch marks no options (spans option_end_0, option_end_1 ...).
+    """
+    names = [f"option_end_{i}" for i in range(len(batch.spans)) if f"option_end_{i}" in batch.spans]
+    if len(names) < 2:
+        raise ValueError(f"{batch.about.get('task', 'This batch')} marks no options; use data.multiple_choice.")
+    return torch.stack([batch.spans[name][:, 1] - 1 for name in names], 1)
+
+
+def right_option(batch: Batch) -> Tensor:
+    """[B] the number of the right option, by the place of the answer among the letters."""
+    letters = batch.about.get("letters")
+    if not letters:
+        raise ValueError(f"{batch.about.get('task', 'This batch')} names no option letters; use data.multiple_choice.")
+    return (batch.answer[:, -1:] == torch.tensor(letters, device=batch.answer.device)).int().argmax(-1)
+
+
 def earlier_same(batch: Batch) -> Tensor:
     """[B, Tq, Tk] true where the key is an earlier occurrence of the query's own token."""
     ids = batch.ids

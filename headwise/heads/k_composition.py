@@ -1,0 +1,36 @@
+"""A Mathematical Framework for Transformer Circuits. Elhage et al., 2021. https://transformer-circuits.pub/2021/framework"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from headwise.method import HeadMethod
+from headwise.score import Score
+from headwise.weights import Weights, composition
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headwise.task import Batch
+
+
+@dataclass(frozen=True)
+class KComposition(HeadMethod):
+    """How much of a head's keys is made from what one earlier head wrote: the largest composition, above chance."""
+
+    evidence: ClassVar[str] = "read"
+    needs: ClassVar[str] = ""
+
+    @torch.no_grad()
+    def score(self, model: "PreTrainedModel", batch: "Batch | None" = None) -> Score:
+        """One number per head behind the first attention layer, from weights only; NaN in the first layer.
+
+        Raises:
+            ValueError: the model does not offer its weights.
+        """
+        weights = Weights(model)
+        pairs = composition(weights, "k")
+        nothing = {n: torch.full((weights.heads(n),), float("nan")) for n in weights.layers if n not in pairs}
+        values = {n: row.amax(-1) for n, row in pairs.items()}
+        return Score.of_heads(self, model, batch, nothing | values)
