@@ -3,8 +3,8 @@
     with do(model, Zero("L5.H1"), Patch("L9.H6", clean), Scale("L18.H6", 3.0, rows=[0, 1])):
         model(**inputs)
 
-Values are replaced, never changed in place, so gradients flow. Works under `generate`: positions are columns of the whole
-sequence, negative ones count from the end of the prompt, and None means every column, generated ones included.
+Values are replaced, never changed in place, so gradients flow. Works under `generate`: positions are columns of the
+whole sequence, negative ones count from the end of the prompt, None means every column, generated ones included.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.anatomy import anatomy
-from headwise.site import Site
-from headwise.tap import Handler, Place, Tap, listen
+from headwise.listen import Handler, Place, listen
+from headwise.site import Site, head_axis, time_axis
+from headwise.tap import Tap
 
 Source = Tap | Tensor
-
-
-def _head_axis(site: Site) -> int | None:
-    if site.kind == "neurons":
-        return 2
-    if site.kind == "z":
-        return 2
-    return 1 if site.kind in ("q", "k", "v", "q_pre", "k_pre", "scores", "pattern") else None
-
-
-def _time_axis(site: Site) -> int:
-    return 2 if site.kind in ("q", "k", "v", "q_pre", "k_pre", "scores", "pattern") else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +55,21 @@ class Intervention:
         positions = [site.position] if site.position is not None else self.positions
 
         def edit(value: Tensor, place: Place) -> Tensor | None:
-            time = _time_axis(site)
+            time = time_axis(site)
             columns = place.columns(positions, value.shape[time])
             if columns == []:
                 return None
-            axis = _head_axis(site) if site.index is not None else None
+            axis = head_axis(site) if site.index is not None else None
             part = value if axis is None else value.narrow(axis, site.index, 1)
             new = self.new(part, site, place).to(part.dtype)
+            try:
+                new = new.expand_as(part)
+            except RuntimeError:
+                raise ValueError(
+                    f"{self.site}: a source of shape {list(new.shape)} does not fit the value's {list(part.shape)}."
+                ) from None
             where = self._where(part, time, columns)
-            new = new.expand_as(part) if where is None else torch.where(where, new, part)
+            new = new if where is None else torch.where(where, new, part)
             if axis is None:
                 return new
             whole = value.clone()
@@ -119,7 +114,7 @@ class Scale(Intervention):
 
 def _slice_of(source: Source, site: Site, value: Tensor) -> Tensor:
     """The source's value for this site, with the axes of `value` (a head's axis kept, of length 1)."""
-    axis = _head_axis(site)
+    axis = head_axis(site)
     if isinstance(source, Tap):
         taken = source[site.whole] if site.whole in source._values else source[replace(site, position=None)]
         if axis is not None and site.index is not None and taken.ndim == value.ndim:
@@ -137,28 +132,30 @@ class Patch(Intervention):
     source: Source
 
     def new(self, value: Tensor, site: Site, place: Place) -> Tensor:
-        source = _slice_of(self.source, site, value)
-        time = _time_axis(site)
-        if source.ndim < value.ndim or source.shape[time] == 1 and value.shape[time] != source.shape[time]:
-            return source.expand_as(value)
-        if site.kind in ("scores", "pattern") and (place.offset or source.shape[-1] != value.shape[-1]):
-            return value
-        there = source.shape[time] - place.offset
-        if there <= 0:
-            return value
-        length = min(there, value.shape[time])
-        taken = source.narrow(time, place.offset, length)
-        if taken.shape[0] not in (1, value.shape[0]):
-            raise ValueError(f"{site}: the source has {taken.shape[0]} rows, this run has {value.shape[0]}.")
-        if length == value.shape[time]:
-            return taken
-        rest = value.narrow(time, length, value.shape[time] - length)
-        return torch.cat([taken.expand(value.shape[0], *taken.shape[1:]), rest], time)
+        source, time = _slice_of(self.source, site, value), time_axis(site)
+        if source.ndim < value.ndim or (source.shape[time] == 1 and value.shape[time] != 1):
+            return source
+        if source.shape[0] not in (1, value.shape[0]):
+            raise ValueError(f"{site}: the source has {source.shape[0]} rows, this run has {value.shape[0]}.")
+        start = min(place.offset, source.shape[time])
+        taken = source.narrow(time, start, min(source.shape[time] - start, value.shape[time]))
+        if site.kind in ("scores", "pattern"):
+            taken = _at_keys(taken, value, site, place)
+        rest = value.narrow(time, taken.shape[time], value.shape[time] - taken.shape[time])
+        return torch.cat([taken.expand(value.shape[0], *taken.shape[1:]), rest], time) if rest.numel() else taken
+
+
+def _at_keys(taken: Tensor, value: Tensor, site: Site, place: Place) -> Tensor:
+    """Another run's scores or pattern over this run's keys: keys that it did not have are not seen."""
+    nothing = 0.0 if site.kind == "pattern" else torch.finfo(value.dtype).min
+    start = 0 if site.stack == "cross" else min(place.keys, taken.shape[-1])
+    taken = taken[..., start : start + value.shape[-1]]
+    return torch.nn.functional.pad(taken, (0, value.shape[-1] - taken.shape[-1]), value=nothing)
 
 
 @dataclass(frozen=True, eq=False)
 class Freeze(Patch):
-    """Keep the attention pattern of another run. Source: a tap of "pattern", or a tensor [B, H, Tq, Tk] or [B, Tq, Tk]."""
+    """Keep another run's attention pattern. Source: a tap of "pattern", or a tensor [B, H, Tq, Tk] or [B, Tq, Tk]."""
 
     default: ClassVar[str] = "pattern"
 
@@ -173,12 +170,12 @@ class Mean(Intervention):
         if isinstance(self.source, Tensor) and self.source.ndim < value.ndim - 1:
             return self.source.to(value.device, value.dtype).expand_as(value)
         source = _slice_of(self.source, site, value)
-        return source.mean((0, _time_axis(site)), keepdim=True).expand_as(value)
+        return source.mean((0, time_axis(site)), keepdim=True).expand_as(value)
 
 
 @dataclass(frozen=True, eq=False)
 class Resample(Intervention):
-    """Replace the value by that of another prompt: of the source's rows drawn at random, or of this batch's own rows."""
+    """Replace the value by another prompt's: one of the source's rows, or of this batch's own, drawn at random."""
 
     source: Source | None = None
     seed: int = 0
@@ -207,24 +204,22 @@ class Add(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Project(Intervention):
-    """Remove the part of the value that lies in a subspace. Source: directions [d] or [k, d], independent of each other."""
+    """Remove the part of the value that lies in a subspace. Source: independent directions, [d] or [k, d]."""
 
     source: Tensor
 
     def new(self, value: Tensor, site: Site, place: Place) -> Tensor:
-        directions = torch.atleast_2d(self.source).to(value.device, torch.float32)
+        exact = torch.promote_types(value.dtype, torch.float32)
+        directions = torch.atleast_2d(self.source).to(value.device, exact)
         basis = torch.linalg.qr(directions.T).Q.to(value.dtype)
         return value - (value @ basis) @ basis.T
 
 
 @dataclass(frozen=True, eq=False)
 class Cut(Intervention):
-    """Cut attention edges: the chosen queries no longer see the chosen keys, and what is left is normalised again.
+    """Cut attention edges: the chosen queries no longer see the chosen keys; with nothing left to see, z is 0."""
 
-    The same as setting the scores to minus infinity; a query that has nothing left to see gets z = 0.
-    """
-
-    default: ClassVar[str] = "pattern"
+    default: ClassVar[str] = "scores"
 
     keys: list[int]
     queries: list[int] | None = None
@@ -232,16 +227,20 @@ class Cut(Intervention):
     def __post_init__(self) -> None:
         object.__setattr__(self, "positions", self.queries)
 
+    def address(self) -> Site:
+        """The scores, also when the address says pattern: an edge is cut before the softmax."""
+        return replace(super().address(), kind="scores")
+
     def new(self, value: Tensor, site: Site, place: Place) -> Tensor:
-        span = replace(place, offset=0) if site.stack != "cross" else replace(place, offset=0, prompt=value.shape[-1])
-        keys = span.columns(self.keys, value.shape[-1])
-        kept = value.clone()
-        kept[..., torch.tensor(keys, dtype=torch.long)] = 0
-        # With an attention sink the row does not sum to 1; the sink's share stays in the denominator.
-        left = kept.sum(-1, keepdim=True)
-        sink = (1 - value.sum(-1, keepdim=True)).clamp_min(0)
-        total = torch.where(sink > 1e-4, left + sink, left)
-        return torch.where(total > 0, kept / total.clamp_min(torch.finfo(value.dtype).tiny), kept)
+        width = value.shape[-1]
+        prompt = width if site.stack == "cross" else place.prompt
+        keys = replace(place, offset=place.keys, prompt=prompt).columns(self.keys, width)
+        gone = torch.zeros(width, dtype=torch.bool, device=value.device)
+        gone[torch.tensor(keys, dtype=torch.long)] = True
+        kept = value.masked_fill(gone, -torch.inf)
+        # What the mask hides stands at the lowest finite number and must not come back when all else is cut.
+        blind = (kept <= torch.finfo(value.dtype).min / 2).all(-1, keepdim=True)
+        return kept.masked_fill(blind, -torch.inf)
 
 
 @contextmanager
@@ -255,7 +254,8 @@ def do(model: PreTrainedModel, *interventions: Intervention) -> Iterator[None]:
     wanted: list[tuple[Site, Handler]] = []
     for one in interventions:
         if not isinstance(one, Intervention):
-            raise ValueError(f"{one!r} is not an intervention; use Zero, Mean, Resample, Patch, Scale, Add, Project, Freeze or Cut.")
+            names = "Zero, Mean, Resample, Patch, Scale, Add, Project, Freeze or Cut"
+            raise ValueError(f"{one!r} is not an intervention; use {names}.")
         wanted += [(site, one.handler(site)) for site in body.resolve(one.address())]
     with listen(model, wanted):
         yield

@@ -45,7 +45,7 @@ class Site:
             return text
         match = _ADDRESS.match(text.strip())
         if not match or not text.strip():
-            raise ValueError(f"{text!r} is not a site. Write for example L5.H1.z, L9.H6@-1, L3.N1021, L*.mlp or pattern.")
+            raise ValueError(f"{text!r} is not a site. Write for example L5.H1.z, L9.H6@-1, L3.N1021, L*.mlp, pattern.")
         part = match.groupdict()
         unit, kind = part["unit"], part["kind"]
         if kind is not None and kind not in KINDS:
@@ -85,12 +85,26 @@ class Site:
         return replace(self, index=None, position=None)
 
 
-_UNIT = re.compile(r"^(?P<stack>enc\.|cross\.)?L(?P<layer>\d+)(?:\.(?P<unit>[HGN])(?P<index>\d+)|\.(?P<sub>attn|mlp))?$")
+def time_axis(site: Site) -> int:
+    """The axis of a site's value that runs over columns (query columns for scores and pattern)."""
+    return 2 if site.kind in HEAD_KINDS and site.kind != "z" else 1
+
+
+def head_axis(site: Site) -> int | None:
+    """The axis of a site's value that runs over heads or neurons, None for the residual stream."""
+    if site.kind in ("z", "neurons"):
+        return 2
+    return 1 if site.kind in HEAD_KINDS else None
+
+
+_UNIT = re.compile(
+    r"^(?P<stack>enc\.|cross\.)?L(?P<layer>\d+)(?:\.(?P<unit>[HGN])(?P<index>\d+)|\.(?P<sub>attn|mlp))?$"
+)
 
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """What a number is about: a head "L5.H1", a KV head "L5.G0", a neuron "L3.N7", a sublayer "L5.mlp", a layer "L5"."""
+    """What a number is about: head "L5.H1", KV head "L5.G0", neuron "L3.N7", sublayer "L5.mlp", layer "L5"."""
 
     stack: str
     layer: int
@@ -102,7 +116,9 @@ class Unit:
         """Read a unit's name. Raises ValueError with an example when the text is none."""
         match = _UNIT.match(text.strip())
         if not match:
-            raise ValueError(f"{text!r} is not a unit. Write for example L5.H1 (head), L5.G0 (KV head), L3.N1021, L5.mlp or L5.")
+            raise ValueError(
+                f"{text!r} is not a unit. Write for example L5.H1 (head), L5.G0 (KV head), L3.N7, L5.mlp, L5."
+            )
         stack = (match["stack"] or "").rstrip(".")
         return cls(stack, int(match["layer"]), match["unit"] or match["sub"] or "", int(match["index"] or 0))
 
