@@ -129,7 +129,13 @@ def synthetic_atlas(path: Path, layers: int = 30, heads: int = 9, seed: int = 0)
     roles = {unit: role for role, members in ROLES.items() for unit in members}
     verdicts = dict.fromkeys(roles, "proved") | dict.fromkeys(DOUBTFUL, "unknown") | dict.fromkeys(REFUTED, "refuted")
     roles |= DOUBTFUL | REFUTED
-    atlas = empty_atlas(path, dict.fromkeys(range(layers), heads), dict.fromkeys(range(layers), max(1, heads // 3)))
+    atlas = empty_atlas(
+        path,
+        dict.fromkeys(range(layers), heads),
+        dict.fromkeys(range(layers), max(1, heads // 3)),
+        tasks={"induction": {"n": 48, "accuracy": 0.96, "clean": -0.12, "corrupt": -7.4}},
+        skipped={"successor": "no single-token numbers in this made-up vocabulary"},
+    )
     made = [claim(unit, role, verdicts[unit], rng) for unit, role in roles.items() if unit in names]
     atlas.add_claims([*made, claim("L5.H1", "duplicate token", "refuted", rng)])
     add_scores(atlas, units, roles, rng)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from headwise.atlas import Atlas
 
 STATIC = Path(__file__).parent / "static"
-SHARED = {"unit": "", "colour": "roles", "prompt": "", "side": "query", "token": -1, "view": "grid", "role": ""}
+SHARED = {"unit": "", "colour": "", "prompt": "", "side": "query", "token": -1, "view": "grid", "role": ""}
 
 
 @cache
@@ -46,8 +46,8 @@ def _make(module: str, title: str, atlas: "Atlas", **state: Any) -> "AnyWidget":
     return _widget_class(module, title)(data=data, **state)
 
 
-def HeadMap(atlas: "Atlas", unit: str = "", colour: str = "roles") -> "AnyWidget":
-    """All heads as a grid, coloured by role or by one score. `.unit` is the selected head, both ways."""
+def HeadMap(atlas: "Atlas", unit: str = "", colour: str = "") -> "AnyWidget":
+    """All heads as a grid, coloured by role ("roles") or by the score named. `.unit` is the selected head, both ways."""
     return _make("headmap", "HeadMap", atlas, unit=unit, colour=colour)
 
 

@@ -49,14 +49,20 @@ export function strongest(pattern: Pattern, count: number): Link[] {
   }).slice(0, count);
 }
 
-/** The link to show first: the strongest one that goes neither to the token itself nor to the first token. */
-export function telling(pattern: Pattern): number {
-  let best = { query: pattern.queries - 1, weight: -1 };
+/** The strongest link that goes neither to the token itself nor to the first token. */
+export function telling(pattern: Pattern): { query: number; weight: number } {
+  let best = { query: pattern.queries - 1, weight: 0 };
   for (let query = 1; query < pattern.queries; query++) {
     for (let key = 1; key < pattern.keys; key++) {
       const weight = pattern.at(query, key);
       if (key !== query && weight >= best.weight) best = { query, weight };
     }
   }
-  return best.weight >= 0.1 ? best.query : pattern.queries - 1;
+  return best;
+}
+
+/** The token to show first: where the head does something, else the last one. */
+export function opening(pattern: Pattern): number {
+  const { query, weight } = telling(pattern);
+  return weight >= 0.1 ? query : pattern.queries - 1;
 }

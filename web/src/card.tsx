@@ -25,7 +25,7 @@ export function Card({ state }: { state: State }) {
       <p class="hw-sentence">{head.sentence}</p>
       {state.data.does[head.role] && <p class="hw-quiet">Such a head {state.data.does[head.role]}.</p>}
       <h3>Evidence</h3>
-      {!claims.length && <p class="hw-quiet">No claim about this head was tested. Its scores are below.</p>}
+      {!claims.length && <p class="hw-quiet">No claim about this head was tested.{state.data.scores.length > 0 && " Its scores are below."}</p>}
       {claims.map((claim, i) => (i === 0 ? <Tested state={state} claim={claim} /> : (
         <details class="hw-more">
           <summary>As {claim.role} head: {claim.verdict}</summary>

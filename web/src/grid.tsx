@@ -42,8 +42,7 @@ function Ramp({ scale }: { scale: Scale }) {
   return (
     <span class="hw-ramp" role="img" aria-label={text}>
       <span>{number(scale.low)}</span>
-      <span class="hw-ramp-colours" style={{ background: scale.ramp }} />
-      {scale.both && <span class="hw-ramp-zero">0</span>}
+      <span class="hw-ramp-colours" style={{ background: scale.ramp }}>{scale.both && <span class="hw-ramp-zero">0</span>}</span>
       <span>{number(scale.high)}</span>
     </span>
   );
@@ -115,7 +114,7 @@ function Grid({ state, stack, scale }: { state: State; stack: Stack; scale?: Sca
   const under = (event: Event) => (event.target as HTMLElement).closest<HTMLElement>("[data-unit]")?.dataset.unit ?? "";
 
   return (
-    <div class="hw-grid-frame" style={{ "--hw-columns": stack.layers.length, "--hw-rows": stack.width }}>
+    <div class={`hw-grid-frame${Math.max(stack.layers.length, stack.width) > 44 ? " hw-many" : ""}`} style={{ "--hw-columns": stack.layers.length, "--hw-rows": stack.width }}>
       {stack.title && <h3>{stack.title}</h3>}
       <div
         ref={root}

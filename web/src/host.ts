@@ -35,7 +35,7 @@ export function writeHash(state: Record<string, unknown>, firstPrompt: string): 
 }
 
 export function pageModel(data: any): Model {
-  const state: Record<string, unknown> = { ...PLAIN, ...readHash(location.hash), data };
+  const state: Record<string, unknown> = { ...PLAIN, colour: undefined, ...readHash(location.hash), data };
   const heard = new Map<string, Set<() => void>>();
   const firstPrompt = data.patterns[0]?.id ?? "";
   addEventListener("hashchange", () => {

@@ -1,6 +1,6 @@
 // Where a head looks on a stored prompt: the prompt's tokens shaded by weight, the matrix, the strongest links.
 import { useEffect, useRef, useState } from "preact/hooks";
-import { patternOf, strongest, telling, type Pattern } from "./attention";
+import { opening, patternOf, strongest, telling, type Pattern } from "./attention";
 import { attendTint, dark, sequential } from "./colour";
 import type { Prompt } from "./data";
 import { headOf, promptOf, type State } from "./state";
@@ -33,7 +33,7 @@ export function PatternPanel({ state }: { state: State }) {
   const stored = prompt && layerName(unit) in prompt.layers;
   const size = pattern ? (side.value === "query" ? pattern.queries : pattern.keys) : 0;
   const fixed = token.value >= 0 && token.value < size ? token.value : -1;
-  const chosen = near >= 0 && near < size ? near : fixed >= 0 ? fixed : pattern ? telling(pattern) : -1;
+  const chosen = near >= 0 && near < size ? near : fixed >= 0 ? fixed : pattern ? opening(pattern) : -1;
   return (
     <section class="hw-panel hw-pattern" aria-label="Attention pattern">
       <div class="hw-bar">
@@ -81,6 +81,7 @@ function Thumb({ state, prompt }: { state: State; prompt: Prompt }) {
     <button type="button" class="hw-thumb" aria-pressed={state.prompt.value === prompt.id} title={prompt.text} onClick={() => { state.token.value = -1; state.prompt.value = prompt.id; }}>
       <canvas ref={canvas} aria-hidden="true" />
       <span>{prompt.id.replace(/_/g, " ")}</span>
+      <small title="Strongest link that goes neither to the token itself nor to the first token">{pattern ? `up to ${number(telling(pattern).weight)}` : " "}</small>
     </button>
   );
 }

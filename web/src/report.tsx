@@ -7,6 +7,7 @@ import { PatternPanel } from "./pattern";
 import { Roles } from "./roles";
 import { Spread } from "./spread";
 import type { State } from "./state";
+import { Tasks } from "./tasks";
 
 function Report({ state }: { state: State }) {
   return (
@@ -18,6 +19,7 @@ function Report({ state }: { state: State }) {
           <Spread state={state} />
           <PatternPanel state={state} />
           <Roles state={state} />
+          <Tasks state={state} />
         </div>
         <div class="hw-right">
           <Card state={state} />

@@ -31,7 +31,7 @@ export function createState(model: Model): State {
   const place = new Map(data.heads.map((head, i) => [head.unit, i]));
   const fallback: Record<(typeof SHARED)[number], string | number> = {
     unit: firstHead(data),
-    colour: "roles",
+    colour: data.heads.some((head) => head.role !== "unknown") ? "roles" : data.scores[0]?.name ?? "roles",
     prompt: data.patterns[0]?.id ?? "",
     side: "query",
     token: -1,

@@ -4,6 +4,7 @@ export function number(value: number | null | undefined): string {
   if (value === null || value === undefined) return "-";
   if (value === 0) return "0";
   const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e5) return String(value).replace("-", "\u2212");
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("-", "\u2212").replace("e\u2212", "e-").replace("e+", "e");
   const text = size >= 100 ? value.toFixed(0) : size >= 10 ? value.toFixed(1) : size >= 1 ? value.toFixed(2) : value.toFixed(3);
   return text.replace("-", "\u2212");
