@@ -47,7 +47,7 @@ def _make(module: str, title: str, atlas: "Atlas", **state: Any) -> "AnyWidget":
 
 
 def HeadMap(atlas: "Atlas", unit: str = "", colour: str = "") -> "AnyWidget":
-    """All heads as a grid, coloured by role ("roles") or by the score named. `.unit` is the selected head, both ways."""
+    """All heads as a grid, coloured by "roles" or by the score named. `.unit` is the selected head, both ways."""
     return _make("headmap", "HeadMap", atlas, unit=unit, colour=colour)
 
 
