@@ -30,12 +30,12 @@ SEEN = {
     "decoder": (
         "induction", "previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance",
         "entropy", "echo", "razor_induction", "retrieval", "name_mover", "copying", "qk_eigenvalues", "copy_suppression",
-        "successor", "k_composition", "select_and_copy", "memory_or_context", "topic", "anti_overconfidence",
+        "successor", "composition", "select_and_copy", "memory_or_context", "topic", "anti_overconfidence",
     ),
     "encoder": ("previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance", "entropy"),
     "vision": ("distance_profile", "entropy"),
 }  # fmt: skip
-PROMPTS = {"repeated": 8, "needle": 12}
+PROMPTS = {"repeated_tokens": 8, "needle": 12}
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Bench:
 
     def _dev(self, task: str) -> Batch:
         batch = self.batch(task)
-        return batch if task == "repeated" else batch.split()[0]
+        return batch if task == "repeated_tokens" else batch.split()[0]
 
     def screen(self, task: str) -> None:
         """Can the model do the task, and which heads does the gradient point at?"""
@@ -248,7 +248,7 @@ class _Bench:
 
     def patterns(self) -> None:
         """Attention patterns of one short prompt a task, for the page."""
-        for task in [t for t in ("induction", "ioi", "capitals", "repeated") if t in self.batches]:
+        for task in [t for t in ("induction", "ioi", "capitals", "repeated_tokens") if t in self.batches]:
             if task in self.atlas.patterns():
                 continue
             row = self.batch(task).take(slice(0, 1))

@@ -41,7 +41,7 @@ class HeadMethod(Method):
     """
 
     evidence: ClassVar[str] = "seen"
-    needs: ClassVar[str] = "repeated"
+    needs: ClassVar[str] = "repeated_tokens"
 
     def score(self, model: "PreTrainedModel", batch: "Batch | None") -> "Score":
         """One number per unit of the model on these prompts."""
