@@ -76,7 +76,7 @@ def list_methods(
             print_json([card.brief() for card in cards])
             return
         rows = [(card.name, card.title, str(card.year or ""), card.arxiv) for card in cards]
-        print_table(("method", "paper", "year", "arXiv"), rows, stretch=1)
+        print_table(("method", "paper", "year", "arXiv"), rows, stretch=(1,))
 
 
 @app.command()
@@ -197,6 +197,9 @@ def replicate(
     name: Annotated[
         str | None, typer.Argument(help="A replication, by file name or row; all of them by default.")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="More prompts, and so more minutes.")] = False,
+    seed: Seed = 0,
+    record: Annotated[Path | None, typer.Option(help="Folder that keeps each result as a JSON file.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Print a Markdown table.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -204,18 +207,22 @@ def replicate(
     with sentences():
         from headwise import replicate as room
 
-        outcomes = []
-        for one in room.names() if name is None else [room.find(name)]:
+        rows, failed = [], []
+        for one in room.names() if name is None else [room.find(name).name]:
             tell(f"Replicating {one} ...")
-            outcomes.append(room.run(one))
+            try:
+                rows.append(room.run(one, full=full, seed=seed, record=record))
+            except ValueError as error:
+                failed.append(f"{one} could not be run: {error}")
         if as_json:
-            print_json([outcome.row() for outcome in outcomes])
+            print_json(rows)
         elif table:
-            say(room.markdown(outcomes))
-        else:
+            say(room.markdown(rows))
+        elif rows:
             columns = ("seed", "claim", "paper", "measured", "baseline", "outcome")
-            rows = [tuple(str(outcome.row()[key]) for key in columns) for outcome in outcomes]
-            print_table(columns, rows, stretch=1)
+            print_table(columns, [tuple(str(row[key]) for key in columns) for row in rows], stretch=(1, 2, 3, 4))
+        if failed:
+            raise ValueError(" ".join(failed))
 
 
 def main() -> None:

@@ -40,18 +40,18 @@ def print_json(value: Any) -> None:
     say(json.dumps(_plain(value), indent=2, ensure_ascii=False, default=str))
 
 
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], stretch: int = -1) -> None:
-    """A table as wide as the terminal; the column `stretch` wraps, the others do not."""
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], stretch: tuple[int, ...] = ()) -> None:
+    """A table as wide as the terminal; the columns `stretch` wrap, the others do not."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=index != stretch)
+        table.add_column(column, overflow="fold", no_wrap=index not in stretch)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False, soft_wrap=False).print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 def print_roles(atlas: "Atlas") -> None:
@@ -65,7 +65,7 @@ def print_roles(atlas: "Atlas") -> None:
             found[claim.verdict].append(claim.unit)
         if any(found.values()):
             rows.append((role.name, *(" ".join(units) or "-" for units in found.values())))
-    print_table(("role", "proved", "looks like it, refuted", "not settled"), rows, stretch=3)
+    print_table(("role", "proved", "looks like it, refuted", "not settled"), rows, stretch=(1, 2, 3))
     say(summary_sentence(atlas.heads()))
 
 
