@@ -247,7 +247,7 @@ class Weights:
 
 def _matrix(module: nn.Module) -> Tensor:
     """[in, out] of a Linear or a Conv1D."""
-    weight = module.weight.detach().float()
+    weight = module.get_parameter("weight").detach().float()
     return weight if type(module).__name__ == "Conv1D" else weight.T
 
 

@@ -64,9 +64,9 @@ class Retrieval(HeadMethod):
         passed = share > self.gate
         if not passed.any():
             raise ValueError(
-                f"None of {len(batch)} prompts passes the answer gate: the model produces at most {float(share.max()):.0%} "
-                f"of a needle, and more than {self.gate:.0%} is needed. Try shorter prompts (`length` of data.needle), a "
-                "larger model, or a lower `gate`."
+                f"None of {len(batch)} prompts passes the answer gate: at most {float(share.max()):.0%} of a needle is "
+                f"produced, and more than {self.gate:.0%} is needed. Try shorter prompts (`length` of data.needle), "
+                "a larger model, or a lower `gate`."
             )
         return Score.of_heads(self, model, batch, {layer: torch.cat(hit)[passed] for layer, hit in hits.items()})
 
