@@ -1,0 +1,40 @@
+"""Runs that several replications need: answer rates, loss on neutral text, short answers behind long contexts."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headwise.data import NeutralText
+from headwise.task import Batch, answer_logits, logprob
+
+
+def logits_of(model: PreTrainedModel, batch: Batch, rows: int = 16) -> Tensor:
+    """[B, V] logits that predict the (first) answer, in parts of `rows` prompts."""
+    with torch.no_grad():
+        return torch.cat([answer_logits(model, part)[:, 0].float() for part in batch.chunks(rows)])
+
+
+def rates(model: PreTrainedModel, batch: Batch) -> dict:
+    """In percent of prompts: how often the answer ("stated") and the foil ("memorised") is said; "said": the tokens."""
+    logits = logits_of(model, batch)
+    said = logits.argmax(-1)
+    share = {
+        name: 100 * float((said == ids[:, 0]).float().mean())
+        for name, ids in (("stated", batch.answer), ("memorised", batch.foil))
+    }
+    return {**share, "said": said}
+
+
+def neutral_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 6, length: int = 128) -> float:
+    """Nats a token on plain prose."""
+    batch = NeutralText(length=length).make(tokenizer, n, seed=1)
+    with torch.no_grad():
+        parts = [logprob(answer_logits(model, part), part) for part in batch.chunks(3)]
+    return -float(torch.cat(parts).mean())
+
+
+def whole_answers(model: PreTrainedModel, batch: Batch, rows: int = 4) -> Tensor:
+    """[B] true where every token of the answer has the largest logit."""
+    with torch.no_grad():
+        parts = [(answer_logits(model, part).argmax(-1) == part.answer).all(-1) for part in batch.chunks(rows)]
+    return torch.cat(parts)
