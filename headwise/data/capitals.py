@@ -1,4 +1,8 @@
-"""Interpreting Key Mechanisms of Factual Recall in Transformer-Based Language Models. Lv et al., 2024. arXiv:2403.19521"""  # noqa: E501
+"""Interpreting Key Mechanisms of Factual Recall in Transformer-Based Language Models. Lv et al., 2024.
+arXiv:2403.19521
+
+Row s092 of the mission.
+"""
 
 import random
 from dataclasses import dataclass
@@ -29,7 +33,7 @@ class Capitals(Task):
     On SmolLM2-135M-Instruct (64 prompts, seed 0) the answer is the top token in 69 % and beats the foil in all.
     """
 
-    seed: ClassVar[str] = "s092"
+    row: ClassVar[str] = "s092"
     template: str = "The capital of {country} is"
     countries: tuple[str, ...] = ()
 

@@ -1,4 +1,7 @@
-"""Characterizing Mechanisms for Factual Recall in Language Models. Yu et al., 2023. arXiv:2310.15910"""
+"""Characterizing Mechanisms for Factual Recall in Language Models. Yu et al., 2023. arXiv:2310.15910
+
+Row s058 of the mission.
+"""
 
 import random
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ class CapitalsConflict(Task):
     and never in corrupt prompts.
     """
 
-    seed: ClassVar[str] = "s058"
+    row: ClassVar[str] = "s058"
     countries: tuple[str, ...] = ()
 
     def make(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0) -> Batch:

@@ -1,4 +1,7 @@
-"""Handwritten digits of scikit-learn (8 x 8 pixels) as prompts for a small vision transformer."""
+"""Handwritten digits of scikit-learn (8 x 8 pixels) as prompts for a small vision transformer.
+
+Row s112 of the mission.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +19,7 @@ PARTS = {"train": (0, 1297), "test": (1297, 1797), "all": (0, 1797)}
 class DigitImages(Task):
     """Images of digits with labels: 1,297 to train on and 500 others to test, split by one fixed shuffle."""
 
-    seed: ClassVar[str] = "s112"
+    row: ClassVar[str] = "s112"
     part: str = "test"
 
     def make(self, tokenizer: PreTrainedTokenizerBase | None, n: int, seed: int = 0) -> Batch:

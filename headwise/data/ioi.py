@@ -10,9 +10,9 @@ from headwise.data.words import GIFTS, NAMES, PLACES
 from headwise.task import Batch, Task
 
 TEMPLATES = (
-    "When {a} and {b} went to the {place}, {s} gave a {gift} to",
-    "Then {a} and {b} went to the {place}. {s} gave a {gift} to",
-    "After {a} and {b} had lunch at the {place}, {s} decided to give a {gift} to",
+    "When {a} and {b} were at the {place}, {s} gave a {gift} to",
+    "Then {a} and {b} left the {place}. {s} gave a {gift} to",
+    "After {a} and {b} had lunch at the {place}, {s} brought a {gift} to",
     "While {a} and {b} were working at the {place}, {s} handed a {gift} to",
 )
 

@@ -1,4 +1,8 @@
-"""Listening to the Wise Few: Select-and-Copy Attention Heads for Multiple-Choice QA. Tulchinskii et al., 2024. arXiv:2410.02343"""  # noqa: E501
+"""Listening to the Wise Few: Select-and-Copy Attention Heads for Multiple-Choice QA. Tulchinskii et al.,
+2024. arXiv:2410.02343
+
+Row s010 of the mission.
+"""
 
 import random
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ class MultipleChoice(Task):
     wrong letter in 50 %: that model cannot answer with letters, though some of its heads attend to the right option.
     """
 
-    seed: ClassVar[str] = "s010"
+    row: ClassVar[str] = "s010"
     options: int = 4
 
     def make(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0) -> Batch:

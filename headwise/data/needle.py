@@ -1,4 +1,7 @@
-"""Retrieval Head Mechanistically Explains Long-Context Factuality. Wu et al., 2024. arXiv:2404.15574"""
+"""Retrieval Head Mechanistically Explains Long-Context Factuality. Wu et al., 2024. arXiv:2404.15574
+
+Row s066 of the mission.
+"""
 
 import random
 from collections import Counter
@@ -25,7 +28,7 @@ class Needle(Task):
     is the top token in all, with probability 0.67; in corrupt prompts the foil beats it in all.
     """
 
-    seed: ClassVar[str] = "s066"
+    row: ClassVar[str] = "s066"
     length: int = 500
     depths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     digits: int = 5

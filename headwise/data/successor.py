@@ -1,4 +1,7 @@
-"""Successor Heads: Recurring, Interpretable Attention Heads In The Wild. Gould et al., 2023. arXiv:2312.09230"""
+"""Successor Heads: Recurring, Interpretable Attention Heads In The Wild. Gould et al., 2023. arXiv:2312.09230
+
+Row s107 of the mission.
+"""
 
 import random
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ class Successor(Task):
     the answer is the top token in 56 % and beats the foil in 98 %; in corrupt prompts in 3 %.
     """
 
-    seed: ClassVar[str] = "s107"
+    row: ClassVar[str] = "s107"
     kinds: tuple[str, ...] = tuple(ORDERED)
     shown: int = 3
     between: str = ","
