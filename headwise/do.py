@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from headwise.anatomy import anatomy
 from headwise.listen import Handler, Place, listen
-from headwise.site import Site, head_axis, time_axis
+from headwise.site import KINDS, Site, head_axis, time_axis
 from headwise.tap import Tap
 
 Source = Tap | Tensor
@@ -47,8 +47,8 @@ class Intervention:
     def address(self) -> Site:
         """The site as given, with this intervention's own kind where the address names none."""
         site = Site.parse(self.site)
-        bare = site.kind == "z" and not str(self.site).split("@")[0].endswith("z")
-        return replace(site, kind=self.default) if bare else site
+        named = str(self.site).split("@")[0].split(".")[-1] in KINDS
+        return site if named or site.kind == "neurons" or self.default == "z" else replace(site, kind=self.default)
 
     def handler(self, site: Site) -> Handler:
         """The function that `listen` calls with each passing value."""
@@ -61,13 +61,12 @@ class Intervention:
                 return None
             axis = head_axis(site) if site.index is not None else None
             part = value if axis is None else value.narrow(axis, site.index, 1)
-            new = self.new(part, site, place).to(part.dtype)
             try:
-                new = new.expand_as(part)
-            except RuntimeError:
+                new = self.new(part, site, place).to(part.dtype).expand_as(part)
+            except RuntimeError as error:
                 raise ValueError(
-                    f"{self.site}: a source of shape {list(new.shape)} does not fit the value's {list(part.shape)}."
-                ) from None
+                    f"{site}: {type(self).__name__} does not fit a value of shape {list(part.shape)}: {error}"
+                ) from error
             where = self._where(part, time, columns)
             new = new if where is None else torch.where(where, new, part)
             if axis is None:

@@ -207,8 +207,10 @@ def _enter(model: PreTrainedModel, body: Anatomy, stack: ExitStack) -> _Session:
         session = _sessions[model] = _Session()
         for layer in body.by_place.values():
             _by_module[layer.attention] = session
-        hook = model.base_model.register_forward_pre_hook(_note_offset(session, model), with_kwargs=True)
-        stack.callback(hook.remove)
+        # Callers enter at the model or at its base, and OPT passes its base by.
+        for entry in dict.fromkeys((model, model.base_model)):
+            hook = entry.register_forward_pre_hook(_note_offset(session, model), with_kwargs=True)
+            stack.callback(hook.remove)
         stack.callback(_forget, model, body)
     return session
 
