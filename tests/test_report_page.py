@@ -43,6 +43,12 @@ def found(tmp_path_factory):
     return json.loads(run.stdout) | {"shots": sorted(p.name for p in folder.glob("*.png"))}
 
 
+def test_a_missing_browser_fails_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(pytest.fail.Exception, match="Node.js is not installed. `make test` installs it"):
+        need_browser()
+
+
 def test_it_loads_from_a_file_without_error_or_request(found):
     assert found["errors"] == []
     assert found["requests"] == []

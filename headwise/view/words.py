@@ -4,6 +4,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from headwise.claim import Claim
+from headwise.convert import DEFAULT
+from headwise.method import catalogue
 
 if TYPE_CHECKING:
     from headwise.score import Score
@@ -15,6 +17,7 @@ def role_phrase(role: str) -> str:
 
 
 WEAK = ("seen", "read")
+RECORDED = {"task", "version", "n", "seed", "rows"}
 
 
 def shown_role(head: dict[str, Any], claims: dict[str, list[Claim]]) -> str:
@@ -87,23 +90,32 @@ def summary_sentence(heads: list[dict[str, Any]]) -> str:
     return f"{proved}{other} {unknown} {'is' if unknown == 1 else 'are'} unknown{looks}."
 
 
-def _call(method: dict[str, Any]) -> str:
-    options = ", ".join(f"{name}={value!r}" for name, value in (method.get("fields") or {}).items())
-    return f'load("{method.get("name", "")}")({options})'
+def _call(name: str, fields: dict[str, Any]) -> str:
+    """`load("heads.induction")(rows=8)`, with the fields that the method really has."""
+    known = {card.name: set(card.fields) for card in catalogue()}.get(name, set(fields) - RECORDED)
+    options = ", ".join(f"{key}={value!r}" for key, value in fields.items() if key in known)
+    return f'load("{name}")({options})'
+
+
+def _batch_code(task: dict[str, Any]) -> str:
+    """The prompts of a task; the part of them that was used, as far as the provenance tells."""
+    made = f"{_call(task['task'], task)}.make(tokenizer, n={task.get('n', 8)}, seed={task.get('seed', 0)})"
+    rows = task.get("rows")
+    return f"batch = {made}" + (f".take(slice(0, {rows}))" if rows and rows < task.get("n", rows) else "")
 
 
 def score_code(score: "Score") -> str:
     """Python that makes a score again from its provenance; empty where the provenance names no method."""
-    about = score.about
-    method, task = about.get("method"), about.get("task")
+    method, task = score.about.get("method"), score.about.get("task")
     if not isinstance(method, dict) or "name" not in method:
         return ""
+    model = str(score.about.get("model", DEFAULT))
+    opening = '"default")' if model == DEFAULT else f"{model!r})  # its hub id or folder"
     lines = ["from headwise.method import load", "from headwise.models import open_model", ""]
-    lines.append(f"model, tokenizer = open_model({about.get('model', 'default')!r})")
+    lines.append(f"model, tokenizer = open_model({opening}")
     batch = "None"
     if isinstance(task, dict) and str(task.get("task", "")).startswith("data."):
-        fields = {k: v for k, v in task.items() if k not in ("task", "version", "n", "seed", "rows")}
-        made = _call({"name": task["task"], "fields": fields})
-        lines.append(f"batch = {made}.make(tokenizer, n={task.get('n', 8)}, seed={task.get('seed', 0)})")
+        lines.append(_batch_code(task))
         batch = "batch"
-    return "\n".join([*lines, f"again = {_call(method)}.score(model, {batch})"])
+    call = _call(method["name"], method.get("fields") or {})
+    return "\n".join([*lines, f"again = {call}.score(model, {batch})"])

@@ -2,7 +2,7 @@
 import { useState } from "preact/hooks";
 import { Rungs } from "./ladder";
 import { LADDER, type Claim, type Readout } from "./data";
-import { headOf, rankOf, type State } from "./state";
+import { headOf, rankOf, rankText, type State } from "./state";
 import { Copy, RoleChip, Token, Verdict } from "./small";
 import { Provenance } from "./provenance";
 import { number, span, title } from "./words";
@@ -64,7 +64,7 @@ function Scores({ state }: { state: State }) {
   const { scores } = state.data;
   const [all, showAll] = useState(false);
   if (!scores.length) return null;
-  const order = [...scores].sort((a, b) => (rankOf(a, i)?.rank ?? Infinity) - (rankOf(b, i)?.rank ?? Infinity) || 0);
+  const order = [...scores].sort((a, b) => (rankOf(b, i)?.share ?? -1) - (rankOf(a, i)?.share ?? -1));
   const shown = all ? order : order.slice(0, FEW);
   return (
     <>
@@ -75,7 +75,6 @@ function Scores({ state }: { state: State }) {
           <tbody>
             {shown.map((score) => {
               const rank = rankOf(score, i);
-              const share = rank && rank.of > 1 ? 1 - (rank.rank - 1) / (rank.of - 1) : 1;
               return (
                 <tr class={score.name === state.colour.value ? "hw-here" : ""}>
                   <th scope="row">
@@ -84,8 +83,8 @@ function Scores({ state }: { state: State }) {
                   <td class="hw-quiet">{score.evidence}</td>
                   <td class="hw-number">{number(score.value[i])}</td>
                   <td class="hw-quiet hw-nowrap">{span(score.low[i]!, score.high[i]!)}</td>
-                  <td class="hw-number">{rank ? rank.rank : "-"}</td>
-                  <td class="hw-rank" aria-hidden="true">{rank && <span><i style={{ width: `${(100 * share).toFixed(1)}%` }} /></span>}</td>
+                  <td class="hw-number">{rankText(rank)}</td>
+                  <td class="hw-rank" aria-hidden="true">{rank && <span><i style={{ width: `${(100 * rank.share).toFixed(1)}%` }} /></span>}</td>
                 </tr>
               );
             })}
@@ -146,7 +145,7 @@ export function codeFor(state: State): string {
   const unit = state.unit.value;
   const i = state.place.get(unit)!;
   const ranked = state.data.scores.filter((one) => one.code && one.kind === "head" && one.value[i] !== null);
-  ranked.sort((a, b) => (rankOf(a, i)?.rank ?? Infinity) - (rankOf(b, i)?.rank ?? Infinity));
+  ranked.sort((a, b) => (rankOf(b, i)?.share ?? -1) - (rankOf(a, i)?.share ?? -1));
   const score = state.data.scores.find((one) => one.name === state.colour.value) ?? ranked[0] ?? state.data.scores[0];
   const lines = ["from headwise.atlas import Atlas", "", `atlas = Atlas(${JSON.stringify(state.data.atlas)})`, `print(atlas.claims(unit="${unit}"))`];
   if (!score) return lines.join("\n");

@@ -60,7 +60,7 @@ function Reading({ state }: { state: State }) {
     <p class="hw-reading">
       <b>{unit}</b> {head.role === "unknown" ? "unknown" : `${head.role}, ${head.verdict}`}
       {score && <> &middot; {title(score.name)} {number(score.value[i])}{span(score.low[i]!, score.high[i]!) && ` (${span(score.low[i]!, score.high[i]!)})`}</>}
-      {rank && <> &middot; rank {rank.rank} of {rank.of}</>}
+      {rank && <> &middot; rank {rank.rank}{rank.equal > 1 && `, as ${rank.equal - 1} more,`} of {rank.of}</>}
     </p>
   );
 }

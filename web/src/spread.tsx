@@ -19,6 +19,8 @@ export function Spread({ state }: { state: State }) {
     if (!box.current || !score) return;
     const here = score.value[state.place.get(unit) ?? -1];
     const values = score.value.flatMap((value, i) => (value === null ? [] : [{ value, proved: state.data.heads[i]!.verdict === "proved" }]));
+    const shown = values.map((one) => one.value);
+    const part = here === null || here === undefined ? 0 : (here - Math.min(...shown)) / (Math.max(...shown) - Math.min(...shown) || 1);
     const figure = Plot.plot({
       width,
       height: 132,
@@ -34,7 +36,7 @@ export function Spread({ state }: { state: State }) {
         Plot.ruleY([0], { stroke: "var(--hw-line)" }),
         ...(here === null || here === undefined ? [] : [
           Plot.ruleX([here], { stroke: "var(--hw-text)", strokeWidth: 1.5 }),
-          Plot.text([here], { x: (value: number) => value, frameAnchor: "top", dy: -14, text: () => `${unit} ${number(here)}`, fill: "var(--hw-text)", fontWeight: 600, fontSize: 12 }),
+          Plot.text([here], { x: (value: number) => value, frameAnchor: "top", dy: -14, textAnchor: part > 0.85 ? "end" : part < 0.15 ? "start" : "middle", text: () => `${unit} ${number(here)}`, fill: "var(--hw-text)", fontWeight: 600, fontSize: 12 }),
         ]),
       ],
     });

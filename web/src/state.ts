@@ -68,7 +68,8 @@ export const headOf = (state: State, unit: string): Head | undefined => state.da
 export const scoreOf = (state: State, name: string): Score | undefined => state.data.scores.find((score) => score.name === name);
 export const promptOf = (state: State): Prompt | undefined => state.data.patterns.find((prompt) => prompt.id === state.prompt.value);
 
-export interface Rank { rank: number; of: number }
+/** Place in a score, heads that have the same value, heads that have one, and the share of them that stand no higher. */
+export interface Rank { rank: number; equal: number; of: number; share: number }
 
 const ranks = new WeakMap<Score, (Rank | undefined)[]>();
 
@@ -79,11 +80,15 @@ export function rankOf(score: Score, i: number): Rank | undefined {
     const order = score.value.map((value, at) => ({ value, at })).filter((one) => one.value !== null);
     order.sort((a, b) => b.value! - a.value!);
     found = score.value.map(() => undefined);
-    order.forEach((one, rank) => {
-      const tie = rank > 0 && order[rank - 1]!.value === one.value ? found![order[rank - 1]!.at]!.rank : rank + 1;
-      found![one.at] = { rank: tie, of: order.length };
-    });
+    for (let first = 0, next = 0; first < order.length; first = next) {
+      while (next < order.length && order[next]!.value === order[first]!.value) next++;
+      const middle = (first + next - 1) / 2;
+      const rank = { rank: first + 1, equal: next - first, of: order.length, share: order.length > 1 ? 1 - middle / (order.length - 1) : 1 };
+      for (const one of order.slice(first, next)) found[one.at] = rank;
+    }
     ranks.set(score, found);
   }
   return found[i];
 }
+
+export const rankText = (rank: Rank | undefined) => (rank ? `${rank.rank}${rank.equal > 1 ? " =" : ""}` : "-");

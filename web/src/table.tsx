@@ -1,7 +1,7 @@
 // The map's twin: the same heads and numbers as a table that can be sorted.
 import { useState } from "preact/hooks";
 import { LADDER } from "./data";
-import { rankOf, scoreOf, type State } from "./state";
+import { rankOf, rankText, scoreOf, type State } from "./state";
 import { RoleChip, Verdict } from "./small";
 import { number, span, title } from "./words";
 
@@ -61,7 +61,7 @@ export function HeadTable({ state }: { state: State }) {
                 <td>{passed(head.unit).join(", ")}</td>
                 {score && <td class="hw-number">{number(score.value[i])}</td>}
                 {score && <td class="hw-number">{span(score.low[i]!, score.high[i]!)}</td>}
-                {score && <td class="hw-number">{rankOf(score, i)?.rank ?? "-"}</td>}
+                {score && <td class="hw-number">{rankText(rankOf(score, i))}</td>}
               </tr>
             );
           })}
