@@ -78,7 +78,10 @@ def right_option(batch: Batch) -> Tensor:
     letters = batch.about.get("letters")
     if not letters:
         raise ValueError(f"{batch.about.get('task', 'This batch')} names no option letters; use data.multiple_choice.")
-    return (batch.answer[:, -1:] == torch.tensor(letters, device=batch.answer.device)).int().argmax(-1)
+    right = batch.answer[:, -1:] == torch.tensor(letters, device=batch.answer.device)
+    if not right.any(-1).all():
+        raise ValueError("Some answers are none of the option letters that the batch names.")
+    return right.int().argmax(-1)
 
 
 def earlier_same(batch: Batch) -> Tensor:

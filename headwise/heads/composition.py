@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Composition(HeadMethod):
-    """Prefix matching by composition: does a token's query match the key that previous-token heads made of it?
+    """Prefix matching by composition: how well a token's query fits the key that previous-token heads made of it.
 
     For each previous-token head below, the eigenvalues of token -> QK -> (OV of that head) -> token are summed and
     divided by the sum of their sizes, from -1 to 1; the score is the mean over these heads, weighted by how much of

@@ -28,15 +28,15 @@ class DistanceProfile(PatternMethod):
     needs: ClassVar[str] = "digits_images"
 
     def read(self, pattern: Tensor, batch: Batch) -> Tensor:
-        """Pattern [b, H, T, T] -> [b, H] in patches. Raises ValueError when the patches form no square."""
-        between, far = _patches(pattern)
+        """Pattern [b, H, T, T] -> [b, H] in patches. Raises ValueError for text, or patches that form no square."""
+        between, far = _patches(pattern, batch)
         return (between * far).sum(-1).mean(-1)
 
     def profile(self, model: "PreTrainedModel", batch: Batch) -> dict[int, Tensor]:
         """{layer: [H, rings]} mean attention to one patch of each ring; ring r holds patches r to r + 1 steps away."""
 
         def rings(pattern: Tensor) -> Tensor:
-            between, far = _patches(pattern)
+            between, far = _patches(pattern, batch)
             number = far.floor().long()
             members = torch.nn.functional.one_hot(number).to(between.dtype)
             strength = torch.einsum("bhqk,qkr->bhr", between, members)
@@ -45,8 +45,10 @@ class DistanceProfile(PatternMethod):
         return {layer: value.mean(0) for layer, value in per_row(model, batch, "pattern", rings).items()}
 
 
-def _patches(pattern: Tensor) -> tuple[Tensor, Tensor]:
+def _patches(pattern: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Attention between patches, each row summing to 1, and their distances [T, T]."""
+    if "pixel_values" not in batch.inputs:
+        raise ValueError(f"Text has no square of patches; this batch holds {', '.join(batch.inputs)}.")
     side = int(pattern.shape[-1] ** 0.5)
     extra = pattern.shape[-1] - side * side
     if side < 2 or extra > 8:
