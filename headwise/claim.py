@@ -41,7 +41,7 @@ ROLES = (
     Role("retrieval", "retrieval", 0.1, "needle", "attends to the fact being quoted from far back, and copies it"),
     Role("name mover", "name_mover", 0.2, "ioi", "attends to the name that is the answer, and copies it"),
     Role("select and copy", "select_and_copy", 0.5, "multiple_choice", "attends to the right option of a multiple choice"),
-    Role("in-context", "memory_or_context", 0.1, "capitals_conflict", "writes the answer given in the prompt"),
+    Role("in-context", "memory_or_context", 0.2, "capitals_conflict", "writes the answer given in the prompt"),
     Role("memory", "topic", 0.1, "capitals", "carries what the model knows of a topic to the answer"),
     Role("successor", "successor", 0.25, "successor", "writes what comes next in an order"),
     Role("copy suppression", "copy_suppression", 0.5, "", "lowers the token it attends to"),

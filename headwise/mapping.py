@@ -35,7 +35,10 @@ SEEN = {
     "encoder": ("previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance", "entropy"),
     "vision": ("distance_profile", "entropy"),
 }  # fmt: skip
-PROMPTS = {"repeated_tokens": 8, "needle": 12}
+# Tasks whose prompts are not of the usual number or size: needles are shorter than the task's default, so that proofs
+# on them take seconds. The model must answer clean prompts this much better (nats) for anything to be provable.
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {"repeated_tokens": (8, {}), "needle": (24, {"length": 160})}
+LEAST_GAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,14 @@ class Job:
 
     Fields:
         prompts: prompts of each proof task; the first half screens and nominates, the second half proves.
-        candidates: at most so many heads are tested for one role.
+        candidates: at most so many heads are tested for one role; nulls: random heads they are compared with.
         thorough: measure the exact effect of every head on every task, not only of nominated ones and of the null.
         seed: of all prompts and draws.
     """
 
-    prompts: int = 48
-    candidates: int = 8
+    prompts: int = 40
+    candidates: int = 6
+    nulls: int = 12
     thorough: bool = False
     seed: int = 0
 
@@ -134,9 +138,9 @@ class _Bench:
     def batch(self, task: str) -> Batch:
         """All prompts of a task."""
         if task not in self.batches:
-            maker = load(f"data.{task}")()
+            n, fields = SIZES.get(task, (self.job.prompts, {}))
+            maker = load(f"data.{task}")(**fields)
             assert isinstance(maker, Task)
-            n = PROMPTS.get(task, self.job.prompts)
             self.batches[task] = maker.make(self.tokenizer, n=n, seed=self.job.seed)
         return self.batches[task]
 
@@ -186,8 +190,11 @@ class _Bench:
         if done is None or done["n"] != len(batch):
             done = _ability(self.model, batch)
             self.atlas.note(tasks={**self.atlas.about.get("tasks", {}), task: done})
-        if batch.corrupt is None or not done["clean"] > done["corrupt"]:
-            self.skipped[task] = f"clean prompts are answered no better than corrupt ones ({done['clean']:.2f} and {done['corrupt']:.2f} nats)"
+        if batch.corrupt is None or not done["clean"] - done["corrupt"] >= LEAST_GAP:
+            self.skipped[task] = (
+                f"the answer has {done['clean']:.2f} nats in clean prompts and {done['corrupt']:.2f} in corrupt ones, "
+                f"less than {LEAST_GAP} apart: this model does not do the task, so no head can be proved on it"
+            )
             self._note()
             return
         self.able[task] = done
@@ -215,7 +222,7 @@ class _Bench:
 
     def prove_all(self) -> None:
         """Prove every role whose task the model can do, then settle all claims together."""
-        proof = Proof(seed=self.job.seed)
+        proof = Proof(nulls=self.job.nulls, seed=self.job.seed)
         open_roles = [r for r in ROLES if r.score in self.atlas.names(self.step)]
         claims: list[Claim] = []
         for name in _bar([r.name for r in open_roles], "proofs"):

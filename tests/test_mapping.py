@@ -1,0 +1,94 @@
+"""The main job, end to end, on a planted model: the map names the planted heads and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+
+from headwise import mapping
+from headwise.atlas import Atlas
+from headwise.data import Planted
+from headwise.mapping import Job, kind_of, map_model
+
+JOB = Job(prompts=24, candidates=4, nulls=8)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return Planted().build(seed=1)
+
+
+@pytest.fixture(scope="module")
+def atlas(planted, tmp_path_factory) -> Atlas:
+    return map_model(planted.model, planted.tokenizer, tmp_path_factory.mktemp("map") / "planted", job=JOB)
+
+
+def test_planted_heads_are_named(planted, atlas: Atlas) -> None:
+    provable = {"induction", "previous token", "duplicate token", "name mover", "successor", "retrieval"}
+    named = {(c.unit, c.role) for c in atlas.claims() if c.verdict == "proved"}
+    assert {(u, r) for u, r in planted.truth.items() if r in provable} <= named
+    assert not {u for u, _ in named} & set(planted.decoys)
+
+
+def test_what_was_not_done_says_why(atlas: Atlas) -> None:
+    assert all(isinstance(reason, str) and len(reason) > 20 for reason in atlas.about["skipped"].values())
+    assert atlas.about["tasks"]["induction"]["accuracy"] == 1.0
+
+
+def test_claims_belong_to_held_out_prompts(atlas: Atlas) -> None:
+    for claim in atlas.claims(role="induction"):
+        if claim.rung("needed"):
+            assert claim.about["task"]["rows"] == JOB.prompts // 2
+
+
+def test_a_second_run_measures_nothing_again(planted, atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p: p.stat().st_mtime_ns for p in atlas.path.rglob("*.parquet") if "scores" in str(p)}
+    claims = atlas.claims()
+    monkeypatch.setattr(mapping.Proof, "run", None)
+    again = map_model(planted.model, planted.tokenizer, atlas.path, job=JOB)
+    assert {p: p.stat().st_mtime_ns for p in atlas.path.rglob("*.parquet") if "scores" in str(p)} == before
+    assert sorted(c.sentence() for c in again.claims()) == sorted(c.sentence() for c in claims)
+
+
+def test_an_interrupted_run_goes_on(planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapping._Bench, "screen", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            map_model(planted.model, planted.tokenizer, tmp_path / "a", job=JOB)
+    half = Atlas(tmp_path / "a")
+    assert "induction" in half.names() and not half.claims()
+    assert not list((tmp_path / "a").rglob("*.part"))
+    whole = map_model(planted.model, planted.tokenizer, tmp_path / "a", job=JOB)
+    assert whole.claims()
+
+
+def test_one_method_only(planted, tmp_path: Path) -> None:
+    atlas = map_model(planted.model, planted.tokenizer, tmp_path / "a", methods=("sink", "heads.entropy"), job=JOB)
+    assert atlas.names() == ["entropy", "sink"] and not atlas.claims()
+    with pytest.raises(ValueError, match="Did you mean"):
+        map_model(planted.model, planted.tokenizer, tmp_path / "a", methods=("entropie",), job=JOB)
+
+
+@pytest.mark.slow
+def test_thorough_scans_every_head(planted, tmp_path: Path) -> None:
+    atlas = map_model(planted.model, planted.tokenizer, tmp_path / "a", job=Job(prompts=8, candidates=2, nulls=4, thorough=True))
+    for name in ("ablation_resample_on_induction", "ablation_mean_on_induction", "restore_on_induction"):
+        assert len(atlas.score(name).table) == len(atlas.heads())
+    assert atlas.score("ablation_resample_on_induction").top(1)[0] in planted.truth
+
+
+def test_kinds_of_models() -> None:
+    assert kind_of(FAMILIES["llama"].build()) == "decoder"
+    assert kind_of(FAMILIES["bert"].build()) == "encoder"
+    assert kind_of(FAMILIES["vit"].build()) == "vision"
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        kind_of(FAMILIES["t5"].build())
+
+
+def test_heads_listing_is_json(atlas: Atlas) -> None:
+    listed = json.loads(json.dumps(atlas.heads()))
+    assert {"unit", "role", "verdict", "scores"} <= set(listed[0])
