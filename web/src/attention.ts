@@ -49,13 +49,16 @@ export function strongest(pattern: Pattern, count: number): Link[] {
   }).slice(0, count);
 }
 
-/** The strongest link that goes neither to the token itself nor to the first token. */
+/** The link, neither to the token itself nor to the first token, that is furthest above an even share of what came before. */
 export function telling(pattern: Pattern): { query: number; weight: number } {
   let best = { query: pattern.queries - 1, weight: 0 };
+  let excess = 0;
   for (let query = 1; query < pattern.queries; query++) {
     for (let key = 1; key < pattern.keys; key++) {
       const weight = pattern.at(query, key);
-      if (key !== query && weight >= best.weight) best = { query, weight };
+      if (key === query || weight - 1 / (query + 1) < excess) continue;
+      excess = weight - 1 / (query + 1);
+      best = { query, weight };
     }
   }
   return best;

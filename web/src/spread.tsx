@@ -24,12 +24,12 @@ export function Spread({ state }: { state: State }) {
     const figure = Plot.plot({
       width,
       height: 132,
-      marginLeft: 40,
+      marginLeft: 34,
       marginBottom: 34,
       marginTop: 18,
       style: { background: "none", color: "var(--hw-quiet)", fontSize: "11px", fontFamily: "inherit" },
       x: { label: `${title(score.name)} \u2192`, nice: true },
-      y: { label: "heads (root scale)", type: "sqrt", ticks: 3, tickFormat: "d" },
+      y: { label: null, type: "sqrt", ticks: 3, tickFormat: "d" },
       marks: [
         Plot.rectY(values, { ...Plot.binX({ y: "count" }, { x: "value", thresholds: 60 }), fill: "var(--hw-quiet)", fillOpacity: 0.55, inset: 0.5 }),
         Plot.tickX(values.filter((one) => one.proved), { x: "value", y: undefined, stroke: "var(--hw-accent)", strokeWidth: 1.5, insetTop: 72 }),
@@ -48,7 +48,7 @@ export function Spread({ state }: { state: State }) {
   if (!score) return null;
   return (
     <section class="hw-panel hw-spread" aria-label="Spread of the score">
-      <div class="hw-bar"><h2>Spread</h2><span class="hw-quiet hw-small">all heads; blue ticks are proved heads</span></div>
+      <div class="hw-bar"><h2>Spread</h2><span class="hw-quiet hw-small">number of heads on a root scale; blue ticks are proved heads</span></div>
       <div ref={box} />
     </section>
   );
