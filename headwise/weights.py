@@ -407,16 +407,17 @@ def composition(weights: Weights, side: str) -> dict[int, Tensor]:
     for layer in weights.layers:
         heads = range(weights.heads(layer))
         if writers:
-            given = torch.stack(writers)
+            given, widths = torch.cat(writers), [len(rows) for rows in writers]
             rows = []
             for head in heads:
                 reader = weights.ov(layer, head) if side == "v" else weights.qk(layer, head)
                 reader = reader.T if side == "k" else reader
                 small = reader.A @ torch.linalg.qr(reader.B.T).R.T
-                rows.append((given @ small).flatten(1).norm(dim=-1) / reader.norm())
+                read = torch.stack([part.norm() for part in (given @ small).split(widths)])
+                rows.append(read / max(reader.norm(), 1e-30))
             found[layer] = torch.stack(rows) - small.shape[0] ** -0.5
         for head in heads:
             written = weights.ov(layer, head)
             # Only the row space's geometry matters: R of the QR of A keeps every norm and is d x d.
-            writers.append(torch.linalg.qr(written.A).R @ written.B / written.norm())
+            writers.append(torch.linalg.qr(written.A).R @ written.B / max(written.norm(), 1e-30))
     return found

@@ -90,4 +90,4 @@ def _weighted(matches: list[Tensor], sizes: list[float]) -> Tensor:
     if not matches:
         return torch.tensor(float("nan"), dtype=torch.float64)
     size = torch.tensor(sizes, dtype=torch.float64)
-    return (torch.stack(matches) * size).sum() / size.sum()
+    return (torch.stack(matches) * size).sum() / size.sum().clamp_min(1e-30)
