@@ -140,7 +140,7 @@ def test_an_empty_atlas_has_a_report(tmp_path):
     data = gather(empty_atlas(tmp_path / "a", {0: 2, 1: 2}))
     assert data["summary"] == "None of 4 heads is proved. 4 are unknown."
     assert (data["scores"], data["claims"], data["patterns"], data["readouts"]) == ([], {}, [], {})
-    assert data["heads"][0]["sentence"] == "L0.H0 is unknown: no test singles it out."
+    assert data["heads"][0]["sentence"] == "L0.H0 is unknown: it was tested for no role."
     assert gather(empty_atlas(tmp_path / "b", {}))["summary"] == "This atlas holds no heads yet."
 
 

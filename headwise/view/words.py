@@ -62,7 +62,7 @@ def head_sentence(head: dict[str, Any], claims: list[Claim]) -> str:
         return f"{unit} is not {why}: refuted."
     if head["role"] != "unknown":
         return f"{unit} is unknown; looks like {role_phrase(head['role'])}."
-    return f"{unit} is unknown: no test singles it out."
+    return f"{unit} is unknown: {'no test singles it out' if claims else 'it was tested for no role'}."
 
 
 def _listed(counts: Counter[str]) -> str:
