@@ -70,7 +70,9 @@ class Batch:
         cut = min(max(1, round(len(self) * share)), len(self) - 1)
         if len(self) < 2:
             raise ValueError(f"A batch of {len(self)} prompt cannot be split; make at least 2.")
-        return self.take(slice(0, cut)), self.take(slice(cut, None))
+        dev, held_out = self.take(slice(0, cut)), self.take(slice(cut, None))
+        dev = replace(dev, about=self.about | {"part": f"rows 0 to {cut - 1}"})
+        return dev, replace(held_out, about=self.about | {"part": f"rows {cut} to {len(self) - 1}"})
 
     def chunks(self, rows: int) -> "Iterator[Batch]":
         """The batch in parts of at most `rows` prompts."""
