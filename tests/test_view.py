@@ -202,10 +202,10 @@ def test_the_code_of_a_score_is_python_that_names_its_method(atlas):
 
 
 def test_the_code_takes_the_prompts_that_were_used():
-    task = {"task": "data.needle", "version": 1, "n": 12, "seed": 3, "length": 500, "part": "first", "rows": 6}
+    task = {"task": "data.needle", "version": 1, "n": 12, "seed": 3, "length": 500, "part": "rows 6 to 11", "rows": 6}
     about = {"method": {"name": "heads.retrieval", "fields": {"gate": 0.5}}, "task": task, "model": "m/x"}
     code = words.score_code(Score("retrieval", score_table([(0, 0)], np.array([1.0])), about=about))
-    assert 'batch = load("data.needle")(length=500).make(tokenizer, n=12, seed=3).take(slice(0, 6))' in code
+    assert 'batch = load("data.needle")(length=500).make(tokenizer, n=12, seed=3).take(slice(6, 12))' in code
     assert "open_model('m/x')" in code and 'load("heads.retrieval")(gate=0.5)' in code
 
 

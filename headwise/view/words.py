@@ -1,5 +1,6 @@
 """The sentences and the Python that a view shows beside its numbers."""
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ def role_phrase(role: str) -> str:
 
 
 WEAK = ("seen", "read")
-RECORDED = {"task", "version", "n", "seed", "rows"}
+RECORDED = {"task", "version", "n", "seed", "rows", "part"}
 
 
 def shown_role(head: dict[str, Any], claims: dict[str, list[Claim]]) -> str:
@@ -100,8 +101,8 @@ def _call(name: str, fields: dict[str, Any]) -> str:
 def _batch_code(task: dict[str, Any]) -> str:
     """The prompts of a task; the part of them that was used, as far as the provenance tells."""
     made = f"{_call(task['task'], task)}.make(tokenizer, n={task.get('n', 8)}, seed={task.get('seed', 0)})"
-    rows = task.get("rows")
-    return f"batch = {made}" + (f".take(slice(0, {rows}))" if rows and rows < task.get("n", rows) else "")
+    part = re.fullmatch(r"rows (\d+) to (\d+)", task.get("part", ""))
+    return f"batch = {made}" + (f".take(slice({part[1]}, {int(part[2]) + 1}))" if part else "")
 
 
 def score_code(score: "Score") -> str:
