@@ -1,10 +1,10 @@
 """Atlas: all that is known of one model, as a folder of plain files.
 
-    atlas/<model>/atlas.json                                    model, weight fingerprint, layers, heads, tokenizer, version
+    atlas/<model>/atlas.json                                    model, weight fingerprint, layers, heads, tokenizer
     atlas/<model>/scores/step=<k>/score=<name>/<hash>.parquet   unit, layer, index, value, low, high, n
     atlas/<model>/claims.parquet   readouts.parquet   patterns/<prompt>.safetensors
 
-Files are written aside and renamed, so a crash leaves what was there. Two atlases of one model merge by copying folders.
+Files are written aside and renamed, so a crash leaves what was there. Two atlases of one model merge by copying.
 """
 
 import difflib
@@ -36,7 +36,8 @@ _CLAIMS = {
     "p_holm": pl.Float64, "n": pl.Int64, "share": pl.Float64, "passed": pl.Boolean,
 }  # fmt: skip
 _READOUTS = {
-    "unit": pl.String, "circuit": pl.String, "source": pl.String, "target": pl.String, "value": pl.Float64, "rank": pl.Int64,
+    "unit": pl.String, "circuit": pl.String, "source": pl.String, "target": pl.String,
+    "value": pl.Float64, "rank": pl.Int64,
 }  # fmt: skip
 
 
@@ -65,7 +66,9 @@ class Atlas:
         object.__setattr__(self, "path", Path(path))
         about = self.about
         if about.get("format", 0) > FORMAT:
-            raise ValueError(f"{path} was written by headwise {about.get('version')}, which is newer than this one; upgrade headwise.")
+            raise ValueError(
+                f"{path} was written by headwise {about.get('version')}, newer than this one; upgrade headwise."
+            )
 
     @classmethod
     def of(cls, model: "PreTrainedModel", path: "str | Path", tokenizer: Any = None) -> "Atlas":
@@ -84,7 +87,8 @@ class Atlas:
             atlas = cls(path)
             if atlas.about["fingerprint"] != mark:
                 raise ValueError(
-                    f"{path} is the atlas of {atlas.about['model']} with weights {atlas.about['fingerprint']}, not of {name_of(model)} "
+                    f"{path} is the atlas of {atlas.about['model']} with weights {atlas.about['fingerprint']}, "
+                    f"not of {name_of(model)} "
                     f"with weights {mark}. Choose another folder with --out."
                 )
             return atlas
@@ -118,7 +122,9 @@ class Atlas:
     def note(self, **facts: Any) -> None:
         """Add facts to atlas.json, such as how well the model does each task."""
         about = self.about | facts
-        write_aside(self.path / "atlas.json", lambda p: p.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
+        write_aside(
+            self.path / "atlas.json", lambda p: p.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        )
 
     # Scores
 
@@ -133,7 +139,9 @@ class Atlas:
         """
         mark = score.about.get("fingerprint")
         if score.step == 0 and mark is not None and mark != self.about["fingerprint"]:
-            raise ValueError(f"The score {score.name} belongs to weights {mark}; this atlas holds {self.about['fingerprint']}.")
+            raise ValueError(
+                f"The score {score.name} belongs to weights {mark}; this atlas holds {self.about['fingerprint']}."
+            )
         write_aside(self._score_file(score), score.save)
 
     def names(self, step: int = 0) -> list[str]:
@@ -143,12 +151,16 @@ class Atlas:
 
     def score(self, name: str, step: int = 0) -> Score:
         """The newest score of that name. Raises ValueError with the nearest name when there is none."""
-        files = sorted((self.path / "scores" / f"step={step}" / f"score={name}").glob("*.parquet"), key=lambda p: p.stat().st_mtime)
+        files = sorted(
+            (self.path / "scores" / f"step={step}" / f"score={name}").glob("*.parquet"), key=lambda p: p.stat().st_mtime
+        )
         if not files:
             names = self.names(step)
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"This atlas has no score {name!r} at step {step}; it has {', '.join(names) or 'none'}.{hint}")
+            raise ValueError(
+                f"This atlas has no score {name!r} at step {step}; it has {', '.join(names) or 'none'}.{hint}"
+            )
         return Score.load(files[-1])
 
     def made(self, about: dict[str, Any], step: int = 0) -> Score | None:
@@ -245,10 +257,12 @@ class Atlas:
         """Tokens, text and {layer: uint8 [H, Tq, Tk]} of one prompt. Raises ValueError when it is not kept."""
         file = self.path / "patterns" / f"{prompt}.safetensors"
         if not file.exists():
-            raise ValueError(f"This atlas keeps no patterns of {prompt!r}; it has {', '.join(self.patterns()) or 'none'}.")
+            raise ValueError(
+                f"This atlas keeps no patterns of {prompt!r}; it has {', '.join(self.patterns()) or 'none'}."
+            )
         with safe_open(file, framework="numpy") as data:
             note = data.metadata()
-            arrays = {int(k[1:]): data.get_tensor(k) for k in data.keys()}
+            arrays = {int(k[1:]): data.get_tensor(k) for k in data.keys()}  # noqa: SIM118 (safe_open is no dict)
         return json.loads(note["tokens"]), note["text"], dict(sorted(arrays.items()))
 
     def add_readouts(self, table: pl.DataFrame) -> None:

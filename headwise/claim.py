@@ -1,8 +1,8 @@
 """Claim: "this unit does this", the ladder of evidence under it, and the rule that turns evidence into a verdict.
 
-A verdict is computed, never typed. *Proved*: taking the head away hurts the role's task and putting it back restores the
-task, each beyond the strongest of random heads of the same layers, on held-out prompts, after Holm's correction over
-all claims of the map. *Refuted*: it looks the part, was tested, and neither holds. Everything else is *unknown*.
+A verdict is computed, never typed. *Proved*: taking the head away hurts the role's task and putting it back restores
+the task, each beyond random heads of the same layers, on held-out prompts, after Holm's correction over all claims of
+the map. *Refuted*: it looks the part, was tested, and neither holds. Everything else is *unknown*.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -40,7 +40,9 @@ ROLES = (
     Role("current token", "current_token", 0.5, "", "attends to the token it stands on"),
     Role("retrieval", "retrieval", 0.1, "needle", "attends to the fact being quoted from far back, and copies it"),
     Role("name mover", "name_mover", 0.2, "ioi", "attends to the name that is the answer, and copies it"),
-    Role("select and copy", "select_and_copy", 0.5, "multiple_choice", "attends to the right option of a multiple choice"),
+    Role(
+        "select and copy", "select_and_copy", 0.5, "multiple_choice", "attends to the right option of a multiple choice"
+    ),
     Role("in-context", "memory_or_context", 0.2, "capitals_conflict", "writes the answer given in the prompt"),
     Role("memory", "topic", 0.1, "capitals", "carries what the model knows of a topic to the answer"),
     Role("successor", "successor", 0.25, "successor", "writes what comes next in an order"),

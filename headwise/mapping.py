@@ -1,4 +1,4 @@
-"""The main job: score every head, screen, prove, and fill the atlas. Each finished part is kept, so a second run resumes."""
+"""The main job: score every head, screen, prove, fill the atlas. What is done is kept, so a second run resumes."""
 
 import json
 import logging
@@ -29,10 +29,12 @@ log = logging.getLogger(__name__)
 SEEN = {
     "decoder": (
         "induction", "previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance",
-        "entropy", "echo", "razor_induction", "retrieval", "name_mover", "copying", "qk_eigenvalues", "copy_suppression",
+        "entropy", "echo", "razor_induction", "retrieval", "name_mover", "copying", "qk_eigenvalues",
+        "copy_suppression",
         "successor", "composition", "select_and_copy", "memory_or_context", "topic", "anti_overconfidence",
     ),
-    "encoder": ("previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance", "entropy"),
+    "encoder": ("previous_token", "current_token", "duplicate_token", "sink", "local_share", "attention_distance",
+                "entropy"),
     "vision": ("distance_profile", "entropy"),
 }  # fmt: skip
 # Tasks whose prompts are not of the usual number or size: needles are shorter than the task's default, so that proofs
@@ -69,8 +71,8 @@ def kind_of(model: PreTrainedModel) -> str:
         return "vision"
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: its sites can be tapped and changed from Python, but `map` covers "
-            "decoders, encoders and vision models."
+            f"{type(model).__name__} is an encoder-decoder: its sites can be tapped and changed from Python, but `map` "
+            "covers decoders, encoders and vision models."
         )
     layer = anatomy(model).layer(anatomy(model).layers[0])
     causal = getattr(layer.attention, "is_causal", None)
@@ -261,7 +263,10 @@ class _Bench:
             row = self.batch(task).take(slice(0, 1))
             real = row.inputs["attention_mask"][0].bool() if "attention_mask" in row.inputs else slice(None)
             ids = row.ids[0][real][:64]
-            with torch.no_grad(), tap(self.model, "pattern", reduce=lambda p: (p[0].float() * 255).round().to(torch.uint8)) as t:
+            with (
+                torch.no_grad(),
+                tap(self.model, "pattern", reduce=lambda p: (p[0].float() * 255).round().to(torch.uint8)) as t,
+            ):
                 self.model.base_model(ids[None].to(self.model.device))
             tokens = [self.tokenizer.decode([i]) for i in ids.tolist()]
             arrays = {layer: value.cpu().numpy() for layer, value in t.by_layer("pattern").items()}

@@ -156,7 +156,7 @@ def load(name: str) -> type[Method]:
 
 
 def room_exports(package: str, init_file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a room, so that each file's class is a name of the room, loaded on use."""
+    """`__getattr__`, `__dir__` and `__all__` of a room: each file's class is a name of the room, loaded on use."""
     where: dict[str, str] = {}
     for file in sorted(Path(init_file).parent.glob("*.py")):
         if file.stem != "__init__" and (node := _method_class(ast.parse(file.read_text(encoding="utf-8")))):

@@ -42,7 +42,14 @@ def readouts(model: PreTrainedModel, tokenizer: Any, top: int = 3) -> pl.DataFra
                     rows += _rows(head(layer, index), "qk", looked, list(sources), None, top)
     except ValueError:
         rows = []
-    schema = {"unit": pl.String, "circuit": pl.String, "source": pl.String, "target": pl.String, "value": pl.Float64, "rank": pl.Int64}
+    schema = {
+        "unit": pl.String,
+        "circuit": pl.String,
+        "source": pl.String,
+        "target": pl.String,
+        "value": pl.Float64,
+        "rank": pl.Int64,
+    }
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
@@ -65,5 +72,7 @@ def _rows(unit: str, circuit: str, table: torch.Tensor, sources: list[str], toke
     best = values[:, 0].topk(min(6, len(sources))).indices.tolist()
     name = (lambda i: tokenizer.decode([i])) if tokenizer is not None else (lambda i: sources[i])
     return [
-        (unit, circuit, sources[s], name(targets[s, r].item()), values[s, r].item(), r + 1) for s in best for r in range(values.shape[1])
+        (unit, circuit, sources[s], name(targets[s, r].item()), values[s, r].item(), r + 1)
+        for s in best
+        for r in range(values.shape[1])
     ]

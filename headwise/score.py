@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 EVIDENCE = ("seen", "read", "needed", "enough", "mediated", "grown")
 LETTERS = {"head": "H", "kv": "G", "neuron": "N", "layer": ""}
-COLUMNS = {"unit": pl.String, "layer": pl.Int64, "index": pl.Int64, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64}
+COLUMNS = {
+    "unit": pl.String,
+    "layer": pl.Int64,
+    "index": pl.Int64,
+    "value": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "n": pl.Int64,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,9 @@ class Score:
         if not re.fullmatch(r"[a-z0-9_]+", self.name):
             raise ValueError(f"{self.name!r} cannot name a score: use small letters, digits and underscores.")
         if list(self.table.columns) != list(COLUMNS):
-            raise ValueError(f"A score has the columns {', '.join(COLUMNS)}; this one has {', '.join(self.table.columns)}.")
+            raise ValueError(
+                f"A score has the columns {', '.join(COLUMNS)}; this one has {', '.join(self.table.columns)}."
+            )
 
     @classmethod
     def of_heads(
@@ -93,7 +103,11 @@ class Score:
     ) -> "Score":
         """Make a score from values by unit, each [B] (one a prompt) or [1] (read from weights)."""
         units = list(values)
-        rows = np.stack([np.asarray(v, dtype=np.float64).reshape(-1) for v in values.values()], 1) if units else np.empty((0, 0))
+        rows = (
+            np.stack([np.asarray(v, dtype=np.float64).reshape(-1) for v in values.values()], 1)
+            if units
+            else np.empty((0, 0))
+        )
         low, high = stats.interval(rows)
         places = [Unit.parse(unit) for unit in units]
         table = pl.DataFrame(
@@ -119,7 +133,10 @@ class Score:
     def __getitem__(self, unit: str) -> float:
         hit = self.table.filter(pl.col("unit") == unit)
         if hit.is_empty():
-            raise ValueError(f"{self.name} has no unit {unit!r}; it has {len(self.table)} units, such as {', '.join(self.table['unit'][:3])}.")
+            raise ValueError(
+                f"{self.name} has no unit {unit!r}; it has {len(self.table)} units, "
+                f"such as {', '.join(self.table['unit'][:3])}."
+            )
         return float(hit["value"][0])
 
     def frame(self) -> pl.DataFrame:
@@ -128,7 +145,11 @@ class Score:
 
     def top(self, k: int) -> list[str]:
         """The k units with the highest values, best first; units without a value never appear."""
-        return self.table.filter(pl.col("value").is_not_nan()).sort("value", descending=True, maintain_order=True)["unit"][:k].to_list()
+        return (
+            self.table.filter(pl.col("value").is_not_nan())
+            .sort("value", descending=True, maintain_order=True)["unit"][:k]
+            .to_list()
+        )
 
     @property
     def layers(self) -> list[int]:
@@ -148,7 +169,9 @@ class Score:
     def key(self) -> str:
         """Hash of how the number was made: the same key means it need not be made again."""
         fixed = {k: v for k, v in self.about.items() if k not in ("when", "versions", "machine")}
-        return hashlib.sha256(json.dumps([self.name, self.step, fixed], sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([self.name, self.step, fixed], sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write the table as parquet, with everything else as JSON in the file's metadata."""
@@ -185,7 +208,7 @@ def provenance(method: Method, model: "PreTrainedModel", batch: "Batch | None") 
             "headwise": release(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "python": platform.pythonrelease(),
+            "python": platform.python_version(),
         },
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }

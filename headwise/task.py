@@ -44,7 +44,10 @@ class Batch:
     def ids(self) -> Tensor:
         """[B, T] token ids. Raises ValueError when the inputs are not tokens."""
         if "input_ids" not in self.inputs:
-            raise ValueError(f"This batch holds {', '.join(self.inputs)}, not tokens: {self.about.get('task', 'its task')} cannot be used here.")
+            raise ValueError(
+                f"This batch holds {', '.join(self.inputs)}, not tokens: "
+                f"{self.about.get('task', 'its task')} cannot be used here."
+            )
         return self.inputs["input_ids"]
 
     def take(self, rows: "list[int] | slice | Tensor") -> "Batch":
@@ -82,7 +85,9 @@ class Batch:
     def flipped(self) -> "Batch":
         """The batch with corrupt prompts as its inputs. Raises ValueError when the task has none."""
         if self.corrupt is None:
-            raise ValueError(f"{self.about.get('task', 'This task')} has no corrupt prompts; restore and resample need them.")
+            raise ValueError(
+                f"{self.about.get('task', 'This task')} has no corrupt prompts; restore and resample need them."
+            )
         return replace(self, inputs=self.corrupt, corrupt=self.inputs)
 
     def to(self, device: "torch.device | str") -> "Batch":
@@ -152,7 +157,9 @@ def logprob(logits: Tensor, batch: Batch) -> Tensor:
 def logit_diff(logits: Tensor, batch: Batch) -> Tensor:
     """Logit of the answer minus logit of the foil. logits [B, P, V] -> [B]. Raises ValueError without a foil."""
     if batch.foil is None:
-        raise ValueError(f"{batch.about.get('task', 'This task')} has no foil, so logit_diff has no meaning; use logprob.")
+        raise ValueError(
+            f"{batch.about.get('task', 'This task')} has no foil, so logit_diff has no meaning; use logprob."
+        )
     return (_chosen(logits.float(), batch.answer) - _chosen(logits.float(), batch.foil)).mean(-1)
 
 

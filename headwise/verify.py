@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from headwise import stats
 from headwise.anatomy import anatomy, nearest_unit
 from headwise.claim import Claim, Rung, settle
+from headwise.method import Method
 from headwise.scan import Effects, effects
 from headwise.score import Score, provenance
-from headwise.method import Method
 from headwise.site import Unit
 from headwise.task import METRICS, Batch
 
@@ -33,8 +33,14 @@ class Proof(Method):
     seed: int = 0
 
     def run(
-        self, model: PreTrainedModel, batch: Batch, role: str, candidates: list[str], seen: Score | None = None,
-        spare: set[str] = frozenset(), label: str | None = None,
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        role: str,
+        candidates: list[str],
+        seen: Score | None = None,
+        spare: set[str] = frozenset(),
+        label: str | None = None,
     ) -> list[Claim]:
         """Test candidates on held-out prompts; verdicts are settled by `claim.settle` over the whole family.
 
@@ -45,7 +51,8 @@ class Proof(Method):
             label: text of the progress bar, None for no bar.
 
         Raises:
-            ValueError: a candidate is no head of this model, the batch has no corrupt prompts, or the model cannot do the task.
+            ValueError: a candidate is no head of this model, the batch has no corrupt prompts, or the model cannot do
+                the task.
         """
         if self.metric not in METRICS:
             raise ValueError(f"{self.metric!r} is not a metric: {', '.join(METRICS)}.")
@@ -56,7 +63,9 @@ class Proof(Method):
                 raise ValueError(f"{unit!r} is not a head of this model.{nearest_unit(unit, known)}")
         nulls = self.draw(model, candidates, spare)
         found = {
-            step: effects(model, batch, [*candidates, *nulls], how, METRICS[self.metric], label=label and f"{label}: {step}")
+            step: effects(
+                model, batch, [*candidates, *nulls], how, METRICS[self.metric], label=label and f"{label}: {step}"
+            )
             for step, how in (("needed", self.needed), ("enough", "restore"))
         }
         self._check_task(found["needed"], batch)
@@ -72,7 +81,9 @@ class Proof(Method):
     def seen(score: Score, unit: str) -> Rung:
         """The first rung: what nominated the unit."""
         row, nan = _row(score, unit), float("nan")
-        return Rung(score.evidence, score.name, row["value"], row["low"], row["high"], nan, nan, nan, row["n"], nan, True)
+        return Rung(
+            score.evidence, score.name, row["value"], row["low"], row["high"], nan, nan, nan, row["n"], nan, True
+        )
 
     def draw(self, model: PreTrainedModel, candidates: list[str], spare: set[str] = frozenset()) -> list[str]:
         """Random heads of the candidates' layers; of all layers where those hold no other head."""
@@ -123,7 +134,13 @@ def _row(score: Score, unit: str) -> dict:
 
 
 def prove(
-    model: PreTrainedModel, batch: Batch, role: str, candidates: list[str], *, seen: Score | None = None, proof: Proof | None = None
+    model: PreTrainedModel,
+    batch: Batch,
+    role: str,
+    candidates: list[str],
+    *,
+    seen: Score | None = None,
+    proof: Proof | None = None,
 ) -> list[Claim]:
     """Test that heads play a role, as one family of claims, verdicts included. See `Proof.run`."""
     return settle((proof or Proof()).run(model, batch, role, candidates, seen))

@@ -25,7 +25,13 @@ def model():
 def batch() -> Batch:
     torch.manual_seed(0)
     ids, other = torch.randint(5, 40, (4, 8)), torch.randint(5, 40, (4, 8))
-    return Batch({"input_ids": ids}, torch.full((4, 1), 7), torch.full((4, 1), 6), corrupt={"input_ids": other}, about={"task": "t"})
+    return Batch(
+        {"input_ids": ids},
+        torch.full((4, 1), 7),
+        torch.full((4, 1), 6),
+        corrupt={"input_ids": other},
+        about={"task": "t"},
+    )
 
 
 def test_scores_come_back_as_they_went_in(model, batch, tmp_path: Path) -> None:
@@ -40,7 +46,7 @@ def test_scores_come_back_as_they_went_in(model, batch, tmp_path: Path) -> None:
 
 
 def test_the_layout_is_the_contract(model, batch, tmp_path: Path) -> None:
-    """Columns unit, layer, index, value, low, high, n; score and step are hive partitions; provenance in the metadata."""
+    """Columns unit, layer, index, value, low, high, n; score and step are partitions; provenance is metadata."""
     atlas = Atlas.of(model, tmp_path / "a")
     atlas.add(Ablation(value="zero").score(model, batch))
     (file,) = (tmp_path / "a" / "scores").rglob("*.parquet")
@@ -49,7 +55,10 @@ def test_the_layout_is_the_contract(model, batch, tmp_path: Path) -> None:
     scan = pl.scan_parquet(tmp_path / "a" / "scores", hive_partitioning=True).collect()
     assert set(scan.columns) == {*COLUMNS, "score", "step"}
     note = json.loads(pl.read_parquet_metadata(file)["headwise"])
-    assert note["about"]["method"]["name"] == "heads.ablation" and note["about"]["fingerprint"] == atlas.about["fingerprint"]
+    assert (
+        note["about"]["method"]["name"] == "heads.ablation"
+        and note["about"]["fingerprint"] == atlas.about["fingerprint"]
+    )
 
 
 def test_adding_twice_keeps_one(model, batch, tmp_path: Path) -> None:

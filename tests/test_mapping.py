@@ -75,7 +75,9 @@ def test_one_method_only(planted, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_thorough_scans_every_head(planted, tmp_path: Path) -> None:
-    atlas = map_model(planted.model, planted.tokenizer, tmp_path / "a", job=Job(prompts=8, candidates=2, nulls=4, thorough=True))
+    atlas = map_model(
+        planted.model, planted.tokenizer, tmp_path / "a", job=Job(prompts=8, candidates=2, nulls=4, thorough=True)
+    )
     for name in ("ablation_resample_on_induction", "ablation_mean_on_induction", "restore_on_induction"):
         assert len(atlas.score(name).table) == len(atlas.heads())
     assert atlas.score("ablation_resample_on_induction").top(1)[0] in planted.truth

@@ -52,7 +52,10 @@ def test_names_are_found_or_the_nearest_is_named() -> None:
 
 
 def test_the_catalogue_needs_no_torch() -> None:
-    code = "import sys; from headwise.method import catalogue; catalogue(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys; from headwise.method import catalogue; catalogue(); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

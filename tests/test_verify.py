@@ -88,6 +88,8 @@ def test_bad_requests_are_sentences(planted) -> None:
 
 def test_a_proof_can_be_made_again(planted) -> None:
     batch = Induction().make(planted.tokenizer, n=8, seed=1)
-    one, two = (settle(Proof(nulls=6).run(planted.model, batch, "induction", units(planted, "induction"))) for _ in "ab")
+    one, two = (
+        settle(Proof(nulls=6).run(planted.model, batch, "induction", units(planted, "induction"))) for _ in "ab"
+    )
     assert [c.rungs for c in one] == [c.rungs for c in two]
     assert one[0].about["task"]["seed"] == 1 and 0 < len(one[0].about["nulls"]) <= 6

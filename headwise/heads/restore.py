@@ -1,6 +1,7 @@
 """Locating and Editing Factual Associations in GPT. Meng, Bau, Andonian and Belinkov, 2022. arXiv:2202.05262
 
-Activation patching of one head at a time, from the clean run into the corrupt one: what is *enough* to bring the answer back.
+Activation patching of one head at a time, from the clean run into the corrupt one: what is *enough* to bring the answer
+back.
 """
 
 from dataclasses import dataclass
