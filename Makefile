@@ -55,7 +55,7 @@ model: $(VENV)/.installed
 
 test: lint unit
 
-lint: $(VENV)/.dev $(VENV)/.system
+lint: $(VENV)/.dev $(VENV)/.system docs-check
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
@@ -83,6 +83,9 @@ web-check: web
 
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py
+
+docs-check: $(VENV)/.installed
+	@$(BIN)/python docs/generate.py --check
 
 hooks: $(VENV)/.dev
 	@$(BIN)/prek install
