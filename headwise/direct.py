@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headwise.probe import Layer
 from headwise.tap import tap
@@ -52,12 +53,14 @@ def toward_answer(weights: Weights, batch: Batch) -> Tensor:
     return readout[batch.answer.to(readout.device)] - other
 
 
-def predicts(weights: Weights, name: str) -> None:
-    """Raises ValueError when the model does not predict next tokens, so that answers cannot be read from it."""
-    if not weights.model.can_generate():
+def predicts(model: PreTrainedModel, name: str) -> None:
+    """Raises ValueError when the model does not continue its prompt, so that answers cannot be read from it."""
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or not model.can_generate():
+        why = "is an encoder-decoder" if model.config.is_encoder_decoder else "does not predict next tokens"
         raise ValueError(
-            f"{name} reads how heads produce the next token, but {type(weights.model).__name__} does not predict "
-            "next tokens; use a decoder with its language-model head."
+            f"{name} reads how heads produce the next token of a prompt, but {kind} {why}; "
+            "use a decoder with its language-model head."
         )
 
 

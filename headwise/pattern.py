@@ -1,7 +1,6 @@
 """Which cells of an attention pattern a detector looks at, and the base of all detectors that look at patterns."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -29,26 +28,43 @@ class PatternMethod(HeadMethod):
 
     def score(self, model: "PreTrainedModel", batch: Batch | None) -> Score:
         """One forward pass in chunks of prompts; patterns are reduced while they pass."""
-        return Score.of_heads(self, model, batch, self.rows(model, batch))
+        return score_together([self], model, batch)[0]
 
-    def rows(self, model: "PreTrainedModel", batch: Batch | None, at_once: int = 8) -> dict[int, Tensor]:
-        """The same numbers before their mean over prompts: {layer: [B, H]}."""
-        if batch is None:
-            raise ValueError(f"{self.identity()['name']} looks at patterns, so it needs prompts; task: {self.needs}.")
-        parts: dict[int, list[Tensor]] = {}
-        for part in batch.chunks(at_once):
-            part = part.to(model.device)
-            for layer, value in per_row(model, part, "pattern", partial(self._read, part), rows=at_once).items():
-                parts.setdefault(layer, []).append(value)
-        return {layer: torch.cat(values) for layer, values in parts.items()}
 
-    def _read(self, batch: Batch, pattern: Tensor) -> Tensor:
-        return self.read(pattern.float(), batch)
+def score_together(
+    methods: list[PatternMethod], model: "PreTrainedModel", batch: Batch | None, at_once: int = 8
+) -> list[Score]:
+    """The scores of several detectors from the same forward passes, `at_once` prompts in each.
+
+    Raises:
+        ValueError: there are no prompts, or the model offers no patterns.
+    """
+    if batch is None:
+        names = ", ".join(method.identity()["name"] for method in methods)
+        raise ValueError(f"{names}: patterns are looked at on prompts, and there are none.")
+    parts: dict[int, list[Tensor]] = {}
+    for part in batch.chunks(at_once):
+        part = part.to(model.device)
+
+        def reduce(pattern: Tensor, part: Batch = part) -> Tensor:
+            return torch.stack([method.read(pattern.float(), part) for method in methods], -1)
+
+        for layer, value in per_row(model, part, "pattern", reduce, rows=at_once).items():
+            parts.setdefault(layer, []).append(value)
+    values = {layer: torch.cat(rows) for layer, rows in parts.items()}
+    return [
+        Score.of_heads(method, model, batch, {layer: value[..., i] for layer, value in values.items()})
+        for i, method in enumerate(methods)
+    ]
 
 
 def real(batch: Batch, width: int) -> Tensor:
-    """[B, T] true where a column holds a token rather than padding; images have no padding."""
-    mask = batch.inputs.get("attention_mask")
+    """[B, T] true where a column holds a token rather than padding; images have no padding.
+
+    The main stack of an encoder-decoder is its decoder, whose tokens are `decoder_input_ids`.
+    """
+    decoding = "decoder_input_ids" in batch.inputs
+    mask = batch.inputs.get("decoder_attention_mask" if decoding else "attention_mask")
     if mask is None:
         some = next(iter(batch.inputs.values()))
         return torch.ones(len(some), width, dtype=torch.bool, device=some.device)
@@ -68,6 +84,8 @@ def option_ends(batch: Batch) -> Tensor:
         ValueError: the batch marks no options (spans option_end_0, option_end_1 ...).
     """
     names = [f"option_end_{i}" for i in range(len(batch.spans)) if f"option_end_{i}" in batch.spans]
+    if "decoder_input_ids" in batch.inputs:
+        raise ValueError("Options stand in the encoder's prompt, which an encoder-decoder's main stack does not see.")
     if len(names) < 2:
         raise ValueError(f"{batch.about.get('task', 'This batch')} marks no options; use data.multiple_choice.")
     return torch.stack([batch.spans[name][:, 1] - 1 for name in names], 1)
@@ -86,7 +104,8 @@ def right_option(batch: Batch) -> Tensor:
 
 def earlier_same(batch: Batch) -> Tensor:
     """[B, Tq, Tk] true where the key is an earlier occurrence of the query's own token."""
-    ids = batch.ids
+    ids = batch.inputs.get("decoder_input_ids", batch.inputs.get("input_ids"))
+    ids = batch.ids if ids is None else ids
     there = real(batch, ids.shape[1])
     same = (ids[:, :, None] == ids[:, None, :]) & there[:, :, None] & there[:, None, :]
     return same.tril(-1)

@@ -384,6 +384,8 @@ def effective_embedding(weights: Weights, ids: Tensor) -> Tensor:
     """[n, D] tokens after the first block without its attention: embedding plus first MLP, one token a prompt."""
     first = min(weights.body.blocks[weights.stack])
     model = weights.model
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} takes no single token as a prompt; use a decoder.")
     quiet = [Zero(f"L{first}.attn")] if first in weights.layers else []
     with evaluating(model), do(model, *quiet), tap(model, f"L{first}.resid_post") as t:
         model.base_model(input_ids=ids.to(model.device)[:, None])

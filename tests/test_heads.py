@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCAB
+from families import ALL, FAMILIES, VOCAB
 
 from headwise.anatomy import anatomy
 from headwise.data.planted import Planted, PlantedModel
@@ -35,14 +35,14 @@ from headwise.heads import (
     ValueScaling,
 )
 from headwise.method import catalogue, load
-from headwise.pattern import after_same, earlier_same, to_kv_heads
+from headwise.pattern import PatternMethod, after_same, earlier_same, score_together, to_kv_heads
 from headwise.score import Score
 from headwise.tap import tap
 from headwise.task import Batch
 from headwise.weights import Weights, effective_embedding
 
 METHODS = [card.name for card in catalogue("heads")]
-KINDS = ("llama", "gpt2", "gpt_neox", "qwen3_5", "bert", "vit")
+KINDS = ("llama", "gpt2", "gpt_neox", "qwen3_5", "deepseek_v3", "gptj", "bert", "t5", "vit")
 # Fields for tiny random models, which know nothing: gates are opened.
 FIELDS = {"heads.retrieval": {"gate": -1.0}, "heads.composition": {"threshold": 0.0}, "heads.value_scaling": {"top": 2}}
 # What must be refused, with a word of the sentence.
@@ -53,6 +53,19 @@ TOKENS = (
     "duplicate_token", "induction", "echo", "razor_induction", "select_and_copy", "select_and_copy_attention",
     "successor", "copying", "qk_eigenvalues", "copy_suppression", "composition",
 )  # fmt: skip
+READ = ("copying", "copy_suppression", "successor", "composition", "k_composition", "q_composition", "v_composition")
+SEEN = [name.removeprefix("heads.") for name in METHODS if issubclass(load(name), PatternMethod)]
+LIMITS = {
+    "gpt_neox": {"select_and_copy": "does not offer q_pre"},
+    "deepseek_v3": {
+        **dict.fromkeys((*READ, "qk_eigenvalues"), "told apart by head"),
+        "select_and_copy": "not offer q_pre",
+    },
+    "gptj": dict.fromkeys((*SEEN, "composition", "name_mover", "topic", "retrieval"), "does not offer pattern")
+    | {"select_and_copy": "does not offer q"},
+    "t5": {"copy_suppression": "no single token", "successor": "no single token"}
+    | dict.fromkeys(("select_and_copy", "select_and_copy_attention"), "encoder's prompt"),
+}
 MAY_BE_EMPTY = ("k_composition", "q_composition", "v_composition", "composition", "value_scaling")
 
 
@@ -70,17 +83,15 @@ def refusal(method: str, kind: str) -> str | None:
             else None
         )
     if name == "distance_profile":
-        return "no square of patches"
-    if kind == "bert" and name in ANSWERS:
-        return "does not predict next"
-    if kind == "gpt_neox" and name == "select_and_copy":
-        return "does not offer q_pre"
-    return None
+        return "no square of patches|does not offer pattern"
+    if kind in ("bert", "t5") and name in ANSWERS:
+        return "does not predict next" if kind == "bert" else "is an encoder-decoder"
+    return LIMITS.get(kind, {}).get(name)
 
 
 def make(kind: str) -> Batch:
     """Prompts that every task's methods can read: repeated tokens, spans, letters, ordered lists, images."""
-    family = FAMILIES[kind]
+    family = ALL[kind]
     if kind == "vit":
         images = family.inputs(rows=4)
         other = {"pixel_values": images["pixel_values"].flip(0)}
@@ -97,9 +108,10 @@ def make(kind: str) -> Batch:
         "option_end_1": (9, 10),
         "option_end_2": (11, 12),
     }
+    more = {"decoder_input_ids": ids} if kind == "t5" else {}
     return Batch(
-        inputs={"input_ids": ids, "attention_mask": mask},
-        corrupt={"input_ids": ids.flip(0), "attention_mask": mask},
+        inputs={"input_ids": ids, "attention_mask": mask, **more},
+        corrupt={"input_ids": ids.flip(0), "attention_mask": mask, **more},
         at=torch.full((4, 1), 23),
         answer=half[:, :1],
         foil=half[:, 1:2],
@@ -122,7 +134,7 @@ def traces(model: transformers.PreTrainedModel) -> tuple:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, transformers.PreTrainedModel]:
-    return {kind: FAMILIES[kind].build() for kind in KINDS}
+    return {kind: ALL[kind].build() for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,13 +254,17 @@ def test_nothing_repeated_gives_no_number():
     assert torch.isnan(Induction().read(drawn(torch.ones(9, 9).tril().bool()), batch)).all()
 
 
-def test_one_forward_pass_serves_a_detector(models):
+def test_one_forward_pass_serves_one_detector_or_several(models):
     model = models["llama"]
     passes = []
     hook = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     Induction().score(model, make("llama"))
+    several = score_together([PreviousToken(), Induction(), Sink()], model, make("llama"))
     hook.remove()
-    assert len(passes) == 1
+    assert len(passes) == 2
+    assert [score.name for score in several] == ["previous_token", "induction", "sink"]
+    for score, method in zip(several, (PreviousToken(), Induction(), Sink()), strict=True):
+        assert score.table.equals(method.score(model, make("llama")).table)
 
 
 def test_kv_heads_take_their_best_query_head(models):
@@ -365,7 +381,7 @@ def test_methods_without_what_they_need_say_so(models):
         ValueScaling(top=0).score(models["llama"], batch)
     with pytest.raises(ValueError, match="marks no options"):
         SelectAndCopy().score(models["llama"], dataclasses.replace(batch, spans={}))
-    with pytest.raises(ValueError, match="needs prompts"):
+    with pytest.raises(ValueError, match="on prompts, and there are none"):
         Induction().score(models["llama"], None)
     with pytest.raises(ValueError, match="window of -1"):
         LocalShare(window=-1)

@@ -41,7 +41,7 @@ class AntiOverconfidence(HeadMethod):
             raise ValueError(
                 f"last = {self.last}, but this model has 1 to {len(weights.layers)} attention layers to read."
             )
-        predicts(weights, "heads.anti_overconfidence")
+        predicts(model, "heads.anti_overconfidence")
         readout = weights.readout
         given = direct_attribution(weights, batch, readout[batch.answer.to(readout.device)] - readout.mean(0))
         return Score.of_heads(self, model, batch, {n: -given[n] for n in weights.layers[-self.last :]})

@@ -31,7 +31,7 @@ class MemoryOrContext(HeadMethod):
     def score(self, model: "PreTrainedModel", batch: "Batch") -> Score:
         """One number per head. Raises ValueError without a memorised answer (foil), or for a model without logits."""
         weights = Weights(model)
-        predicts(weights, "heads.memory_or_context")
+        predicts(model, "heads.memory_or_context")
         if batch.foil is None:
             raise ValueError(f"{batch.about.get('task', 'This task')} has no foil to stand for the memorised answer.")
         return Score.of_heads(self, model, batch, direct_attribution(weights, batch, toward_answer(weights, batch)))

@@ -33,7 +33,7 @@ class NameMover(HeadMethod):
     def score(self, model: "PreTrainedModel", batch: Batch) -> Score:
         """One attention share per head, 0 to 1. Raises ValueError for a model that predicts no next token."""
         weights = Weights(model)
-        predicts(weights, "heads.name_mover")
+        predicts(model, "heads.name_mover")
         raised = direct_attribution(weights, batch, toward_answer(weights, batch))
         found: dict[int, list[Tensor]] = {}
         for part in batch.chunks(8):

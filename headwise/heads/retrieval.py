@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from headwise.direct import predicts
 from headwise.method import HeadMethod
 from headwise.pattern import answering
 from headwise.score import Score
@@ -38,11 +39,7 @@ class Retrieval(HeadMethod):
         Raises:
             ValueError: no prompt passes the gate, needles differ in length, or the model predicts no next token.
         """
-        if not model.can_generate():
-            raise ValueError(
-                f"heads.retrieval watches needles being produced, but {type(model).__name__} does not predict next "
-                "tokens; use a decoder with its language-model head."
-            )
+        predicts(model, "heads.retrieval")
         forced = with_needle(batch)
         produced: list[Tensor] = []
         hits: dict[int, list[Tensor]] = {}

@@ -47,7 +47,7 @@ class Topic(HeadMethod):
             have = ", ".join(batch.spans) or "none"
             raise ValueError(f"{batch.about.get('task', 'This batch')} has no span {self.span!r}; it has {have}.")
         weights = Weights(model)
-        predicts(weights, "heads.topic")
+        predicts(model, "heads.topic")
         column = torch.arange(batch.ids.shape[1])
         start, stop = batch.spans[self.span].T[..., None]
         topic = (column >= start) & (column < stop)

@@ -47,7 +47,7 @@ class ValueScaling(HeadMethod):
         if self.top < 1:
             raise ValueError(f"top = {self.top} tries no head; allowed are 1 and more.")
         weights = Weights(model)
-        predicts(weights, "heads.value_scaling")
+        predicts(model, "heads.value_scaling")
         direct = direct_attribution(weights, batch, toward_answer(weights, batch))
         size = {(n, h): abs(float(row)) for n, value in direct.items() for h, row in enumerate(value.mean(0))}
         tried = sorted(size, key=lambda place: -size[place])[: self.top]
