@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import typer
+from families import FAMILIES, SILENT
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -97,6 +98,17 @@ def test_commands_parse(page):
         assert name in group.commands, line
         with group.commands[name].make_context(name, words):
             pass
+
+
+def test_the_readme_names_every_command_and_family():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {line.split()[1] for line in commands(ROOT / "README.md")} == set(typer.main.get_command(cli.app).commands)
+    part = text.split("The tests build a small one of each of ")[1].split(", and\ncheck that")[0]
+    assert set(re.findall(r"\w+", part)) - {"and"} == set(FAMILIES)
+    silent = (
+        text.split("modernbert, t5, bart and vit")[1].split(" compute attention by themselves")[0].split("own. ")[1]
+    )
+    assert set(re.findall(r"\w+", silent)) - {"and"} == set(SILENT)
 
 
 def test_make_targets_exist():
@@ -263,12 +275,12 @@ def test_floors():
 
 
 def raised() -> list[str]:
-    """Every sentence of a ValueError or ImportError in the package; what varies stands as an ellipsis."""
+    """Every sentence that the package raises for a user to read; what varies stands as an ellipsis."""
     found = []
     for path in sorted((ROOT / "headwise").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             call = node.exc if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None
-            if call and call.args and getattr(call.func, "id", "") in ("ValueError", "ImportError"):
+            if call and call.args and getattr(call.func, "id", "") in ("ValueError", "ImportError", "OSError"):
                 found.append(_plain(_sentence(call.args[0])))
     return [text for text in dict.fromkeys(found) if re.search("[a-z]{3}", text)]
 
