@@ -17,7 +17,7 @@ def attend_openly(
         query: [B, H, Tq, d]; key [B, Hkv, Tk, d]; value [B, Hkv, Tk, dv].
         mask: additive or boolean, [B or 1, 1 or H, Tq, Tk].
         see: called with ("scores", scores) and ("pattern", pattern); what it returns takes their place.
-        options: what the model passes along: scaling, softcap, position_bias, s_aux, dropout, is_causal.
+        options: what the model passes along: scaling, softcap, position_bias, s_aux, sinks, dropout, is_causal.
 
     Returns:
         z [B, Tq, H, dv] and pattern [B, H, Tq, Tk].
@@ -38,13 +38,13 @@ def attend_openly(
     blind = scores.isneginf().all(-1, keepdim=True) if scores is not seen else None
     if blind is not None:
         scores = scores.masked_fill(blind, 0)
-    sinks = options.get("s_aux")
-    sinks = getattr(module, "sinks", None) if sinks is None else sinks
+    # A sink is one more score that takes its share of the softmax: one a head, or (inkling) one a query.
+    given = (options.get("s_aux"), options.get("sinks"), getattr(module, "sinks", None))
+    sinks = next((one for one in given if one is not None), None)
     if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(batch, -1, length, 1).to(scores.dtype)
-        pattern = torch.cat([scores, column], -1).softmax(-1, dtype=torch.float32)[..., :-1].to(value.dtype)
-    else:
-        pattern = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        column = sinks if sinks.ndim == 4 else sinks.reshape(1, -1, 1, 1)
+        scores = torch.cat([scores, column.expand(batch, heads, length, 1).to(scores.dtype)], -1)
+    pattern = scores.softmax(-1, dtype=torch.float32)[..., :width].to(value.dtype)
     if blind is not None:
         pattern = pattern.masked_fill(blind, 0)
     if module.training and options.get("dropout"):

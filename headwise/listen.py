@@ -93,7 +93,7 @@ class _Session:
 
 _sessions: "weakref.WeakKeyDictionary[PreTrainedModel, _Session]" = weakref.WeakKeyDictionary()
 _by_module: "weakref.WeakKeyDictionary[nn.Module, _Session]" = weakref.WeakKeyDictionary()
-_error: "weakref.WeakKeyDictionary[PreTrainedModel, float]" = weakref.WeakKeyDictionary()
+_error: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[float, float]]" = weakref.WeakKeyDictionary()
 
 
 def _attend(
@@ -168,14 +168,13 @@ def listen(model: PreTrainedModel, wanted: "list[tuple[Site, Handler]]") -> Iter
         ValueError: a site that this model does not offer, or a model whose attention this version cannot reproduce.
     """
     body = anatomy(model)
-    error = _self_check(model, body)
-    if any(site.kind in ("scores", "pattern") for site, _ in wanted):
-        limit = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
-        if not error <= limit:
+    entered, opened = _self_check(model, body)
+    limit = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    for error, kinds in ((entered, IN_ATTENTION), (opened, ("scores", "pattern"))):
+        if not error <= limit and any(site.kind in kinds for site, _ in wanted):
             raise ValueError(
                 f"{type(model).__name__} computes attention in a way that headwise does not reproduce (relative error "
-                f"{error:.1e}, allowed {limit:.0e}); its scores and patterns would be wrong, so they are refused. "
-                "z, q, k and v can be had."
+                f"{error:.1e}, allowed {limit:.0e}); its {', '.join(kinds)} would be wrong, so they are refused."
             )
     with ExitStack() as stack:
         session = _enter(model, body, stack)
@@ -244,16 +243,16 @@ def _hook(body: Anatomy, layer: Layer | None, site: Site, handler: Handler, sess
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
 
     def on_output(_: nn.Module, args: tuple, output: object) -> object | None:
-        new = see(output[0] if isinstance(output, tuple) else output)
-        return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
+        new = see(output[0] if isinstance(output, (tuple, list)) else output)
+        return type(output)((new, *output[1:])) if isinstance(output, (tuple, list)) and new is not None else new
 
     def carry(_: nn.Module, args: tuple, output: object) -> object | None:
         """What was written at the input of the MLP's norm belongs to the residual stream too."""
         if not carried:
             return None
-        value = output[0] if isinstance(output, tuple) else output
+        value = output[0] if isinstance(output, (tuple, list)) else output
         value = value + carried.pop().view_as(value)
-        return (value, *output[1:]) if isinstance(output, tuple) else value
+        return type(output)((value, *output[1:])) if isinstance(output, (tuple, list)) else value
 
     block = body.blocks[site.stack][site.layer]
     module, before = _door(block, layer, site.kind)
@@ -300,8 +299,8 @@ def _as_site(value: Tensor, site: Site, layer: Layer | None, see: Callable[[Tens
     return new.transpose(1, 2).flatten(-2) if flat else new.transpose(1, 2)
 
 
-def _self_check(model: PreTrainedModel, body: Anatomy) -> float:
-    """Once a model: how far attention in the open is from the model's own, relative to its largest values.
+def _self_check(model: PreTrainedModel, body: Anatomy) -> tuple[float, float]:
+    """Once a model: how far the model, entered and in the open, is from itself, relative to its largest values.
 
     Three passes over a few tokens, one row padded: as the model is; entered, which must give the same; and in the open,
     where each layer gets the queries, keys and values of the second pass and must give its z. Comparing layer by layer
@@ -309,7 +308,7 @@ def _self_check(model: PreTrainedModel, body: Anatomy) -> float:
     """
     layers = [layer for layer in body.by_place.values() if layer.interface]
     if model in _error or not layers:
-        return _error.get(model, 0.0)
+        return _error.get(model, (0.0, 0.0))
     inputs = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in probe_inputs(model).items()}
     if "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -319,7 +318,7 @@ def _self_check(model: PreTrainedModel, body: Anatomy) -> float:
 
     def apart(own: Tensor, ours: Tensor, stack: str) -> float:
         mask = inputs.get("attention_mask")
-        if mask is not None and (stack == "enc" or not model.config.is_encoder_decoder):
+        if mask is not None and (stack == "enc" or not model.config.is_encoder_decoder) and own.ndim > 2:
             own, ours = own[mask.bool()], ours[mask.bool()]
         return float((own - ours).abs().max().float() / own.abs().max().float().clamp_min(1e-6))
 
@@ -347,7 +346,6 @@ def _self_check(model: PreTrainedModel, body: Anatomy) -> float:
     with evaluating(model):
         plain = model(**inputs)[0]
         entered = run(FAST, note, ())
-        errors.append(apart(plain, entered, "" if plain.ndim == 3 else "none"))
         run(OPEN, again, ("pattern",))
-    _error[model] = max(errors)
+        _error[model] = apart(plain, entered, ""), max(errors)
     return _error[model]

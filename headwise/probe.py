@@ -182,7 +182,12 @@ class Probe:
             self.calls.append(_Call(self.names[module], module, values, output, starts[id(module)].pop(), self._tick()))
 
         def watch(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            **kwargs: object,
         ) -> tuple:
             self.attends.append((module, tuple(query.shape), tuple(key.shape), tuple(value.shape), self._tick()))
             shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
@@ -336,7 +341,7 @@ class Probe:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+    return "Norm" in type(module).__name__ and next(module.children(), None) is None
 
 
 def _width(values: tuple) -> int | None:
