@@ -5,9 +5,10 @@ import torch
 from families import ALL, FAMILIES
 
 from headwise.direct import direct_attribution, toward_answer
+from headwise.factored import Factored
 from headwise.tap import tap
 from headwise.task import Batch
-from headwise.weights import Factored, Weights, composition, effective_embedding
+from headwise.weights import Weights, composition, effective_embedding
 
 GATED = ("qwen3_next", "qwen3_5")
 DECODERS = [name for name, family in ALL.items() if family.kind == "decoder"]
