@@ -16,9 +16,11 @@ from headwise.atlas import Atlas
 from headwise.claim import ROLES, Claim, Role, settle
 from headwise.heads import Ablation, Attribution, Restore
 from headwise.method import HeadMethod, load
+from headwise.pattern import PatternMethod, score_together
 from headwise.progress import hidden
 from headwise.readouts import readouts
 from headwise.score import Score, provenance
+from headwise.stats import spearman
 from headwise.tap import tap
 from headwise.task import Batch, Task, answer_logits, correct, logprob
 from headwise.verify import Proof
@@ -105,6 +107,7 @@ def map_model(
     atlas = Atlas.of(model, atlas_path, tokenizer)
     bench = _Bench(model, tokenizer, atlas, job, step)
     names = methods or SEEN[kind]
+    bench.look(names)
     for name in _bar(names, "heads seen"):
         bench.seen(name)
     if not methods and kind == "decoder":
@@ -164,10 +167,27 @@ class _Bench:
         self.atlas.add(score)
         return score
 
+    def look(self, names: tuple[str, ...]) -> None:
+        """All detectors that read patterns of the same task, in one pass."""
+        by_task: dict[str, list[PatternMethod]] = {}
+        for method in map(_method, names):
+            if isinstance(method, PatternMethod):
+                by_task.setdefault(method.needs, []).append(method)
+        for task, methods in by_task.items():
+            try:
+                batch = self._dev(task)
+                todo = [m for m in methods if self.atlas.made(provenance(m, self.model, batch), self.step) is None]
+                scores = score_together(todo, self.model, batch) if todo else []
+            except ValueError as reason:
+                # Each of them is tried alone next, and says why it cannot be had.
+                log.debug("%s: %s", task, reason)
+                continue
+            for score in scores:
+                self.atlas.add(replace(score, step=self.step))
+
     def seen(self, name: str) -> Score | None:
         """One detector on the development half of its task."""
-        method = load(name if "." in name else f"heads.{name}")()
-        assert isinstance(method, HeadMethod)
+        method = _method(name)
         try:
             batch = self._dev(method.needs) if method.needs else None
         except ValueError as reason:
@@ -203,9 +223,13 @@ class _Bench:
         self._keep(Attribution(), batch.split()[0], f"attribution_on_{task}")
 
     def scan_all(self, task: str) -> None:
-        """Exact effects of every head on one task's held-out prompts."""
+        """Exact effects of every head on one task's held-out prompts, and how well the cheap screen had ranked them."""
         held_out = self.batch(task).split()[1]
-        self._keep(Ablation(value="resample"), held_out, f"ablation_resample_on_{task}")
+        exact = self._keep(Ablation(value="resample"), held_out, f"ablation_resample_on_{task}")
+        screen = self.atlas.score(f"attribution_on_{task}", self.step)
+        agreement = round(spearman(screen.table["value"].to_numpy(), exact.table["value"].to_numpy()), 4)
+        told = self.atlas.about["tasks"]
+        self.atlas.note(tasks={**told, task: told[task] | {"screen_rank_correlation": agreement}})
         self._keep(Ablation(value="mean"), held_out, f"ablation_mean_on_{task}")
         self._keep(Restore(), held_out, f"restore_on_{task}")
 
@@ -274,6 +298,13 @@ class _Bench:
 
     def _note(self) -> None:
         self.atlas.note(skipped={**self.atlas.about.get("skipped", {}), **self.skipped})
+
+
+def _method(name: str) -> HeadMethod:
+    method = load(name if "." in name else f"heads.{name}")()
+    if not isinstance(method, HeadMethod):
+        raise ValueError(f"{name} is not a method of the heads room, so it gives heads no score.")
+    return method
 
 
 def _same(about: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -81,6 +81,7 @@ def test_thorough_scans_every_head(planted, tmp_path: Path) -> None:
     for name in ("ablation_resample_on_induction", "ablation_mean_on_induction", "restore_on_induction"):
         assert len(atlas.score(name).table) == len(atlas.heads())
     assert atlas.score("ablation_resample_on_induction").top(1)[0] in planted.truth
+    assert atlas.about["tasks"]["induction"]["screen_rank_correlation"] > 0.5
 
 
 def test_kinds_of_models() -> None:
