@@ -227,6 +227,7 @@ class _Bench:
         held_out = self.batch(task).split()[1]
         exact = self._keep(Ablation(value="resample"), held_out, f"ablation_resample_on_{task}")
         screen = self.atlas.score(f"attribution_on_{task}", self.step)
+        assert exact is not None  # a task in `able` has corrupt prompts, and every unit exists
         agreement = round(spearman(screen.table["value"].to_numpy(), exact.table["value"].to_numpy()), 4)
         told = self.atlas.about["tasks"]
         self.atlas.note(tasks={**told, task: told[task] | {"screen_rank_correlation": agreement}})
