@@ -5,8 +5,8 @@
     replicate.names()                  # the files of this room
     replicate.run("fact_or_context")   # or by row: replicate.run("s058")
 
-Each file fixes its thresholds as class attributes, and `judge` turns the measured checks into an outcome. Listing reads
-the files as syntax trees, so that torch is imported only by what runs.
+Each file fixes its thresholds as class attributes, and `judge` turns the measured checks into an outcome. Listing
+reads the files as syntax trees, so that torch is imported only by what runs.
 """
 
 import ast

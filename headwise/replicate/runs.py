@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headwise.data import NeutralText
+from headwise.data import Capitals, NeutralText
+from headwise.data.words import CAPITALS
 from headwise.task import Batch, answer_logits, logprob
 
 
@@ -38,3 +39,11 @@ def whole_answers(model: PreTrainedModel, batch: Batch, rows: int = 4) -> Tensor
     with torch.no_grad():
         parts = [(answer_logits(model, part).argmax(-1) == part.answer).all(-1) for part in batch.chunks(rows)]
     return torch.cat(parts)
+
+
+def known_countries(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> tuple[str, ...]:
+    """Countries whose capital the model ranks first without help, in alphabetical order."""
+    batch = Capitals().make(tokenizer, len(CAPITALS), seed)
+    right = (logits_of(model, batch).argmax(-1) == batch.answer[:, 0]).tolist()
+    known = [text for ok, text in zip(right, batch.texts, strict=True) if ok]
+    return tuple(sorted(c for c in CAPITALS if any(f" {c} " in f"{text} " for text in known)))

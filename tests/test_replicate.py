@@ -1,0 +1,198 @@
+"""The replications: their metadata, the rule of outcomes, the contract of a result, and the table made from results."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from headwise import replicate
+from headwise.replicate import KEYS, Outcome, Replication, judge, settle
+
+ROWS = {
+    "qk_score": "s010",
+    "fact_or_context": "s058",
+    "retrieval_heads": "s066",
+    "factual_recall": "s092",
+    "successor_heads": "s107",
+    "vit_heads": "s112",
+    "razor_heads": "s124",
+    "thinking_sparks": "s125",
+}
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_file_says_its_row_claim_and_figure():
+    found = {entry.name: entry for entry in replicate.entries()}
+    assert set(found) >= set(ROWS)
+    for name, row in ROWS.items():
+        entry = found[name]
+        assert entry.row == row
+        assert entry.claim.endswith(".") and entry.claim.count(".") <= 2 and entry.paper
+        assert "arXiv:" in entry.title
+
+
+def test_names_come_in_the_order_of_rows():
+    rows = [entry.row for entry in replicate.entries()]
+    assert rows == sorted(rows) and len(rows) == len(set(rows))
+    assert replicate.names() == [entry.name for entry in replicate.entries()]
+
+
+def test_listing_imports_no_torch():
+    code = "import sys; from headwise import replicate; replicate.names(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_find_by_name_and_by_row():
+    assert replicate.find("vit_heads") == replicate.find("s112")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="no replication 'retrieval_head'. Did you mean 'retrieval_heads'"):
+        replicate.find("retrieval_head")
+
+
+@pytest.mark.parametrize(
+    ("met", "outcome"),
+    [((True, True), "holds"), ((True, False), "partly"), ((False, True), "fails"), ((False, False), "fails")],
+)
+def test_the_first_check_is_the_claim(met, outcome):
+    assert judge(dict(zip(("claim", "other"), met, strict=True))) == outcome
+
+
+def test_no_checks_no_outcome():
+    with pytest.raises(ValueError, match="at least one check"):
+        judge({})
+
+
+def test_what_was_not_met_is_named():
+    outcome = settle("x is 1", "y is 2", {"large": np.bool_(True), "cheap": np.bool_(False)}, {})
+    assert outcome.outcome == "partly" and outcome.measured == "x is 1. Not met: cheap"
+    assert outcome.checks == {"large": True, "cheap": False}
+
+
+def test_an_outcome_has_three_values():
+    with pytest.raises(ValueError, match="'maybe' is not an outcome"):
+        Outcome("", "", "maybe")
+
+
+@dataclass(frozen=True)
+class Small(Replication):
+    row: ClassVar[str] = "s010"
+
+    def run(self, seed: int = 0) -> Outcome:
+        return settle("a | b", "c", {"met": True}, {"full": self.full, "seed": seed})
+
+
+@pytest.fixture
+def small(monkeypatch):
+    module = replicate.importlib.import_module("headwise.replicate.qk_score")
+    monkeypatch.setattr(module, "QKScore", Small)
+
+
+def test_a_run_gives_the_contract(small, tmp_path):
+    row = replicate.run("s010", full=True, seed=3, record=tmp_path)
+    assert tuple(row) == KEYS
+    assert row["seed"] == "s010" and row["name"] == "qk_score" and row["outcome"] == "holds"
+    assert set(row["versions"]) == {"headwise", "torch", "transformers", "numpy", "python"}
+    kept = json.loads((tmp_path / "qk_score.json").read_text())
+    assert {key: kept[key] for key in KEYS} == row
+    assert kept["numbers"] == {"full": True, "seed": 3} and kept["checks"] == {"met": True}
+
+
+def test_nothing_is_kept_unasked(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    replicate.run("s010")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_prints_nothing(small, capfd):
+    replicate.run("s010")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_table(small, tmp_path):
+    replicate.run("s010", record=tmp_path)
+    table = replicate.markdown(replicate.kept(tmp_path)).splitlines()
+    assert table[0].startswith("| System | Claim | Paper's figure | Our figure | Baseline | Outcome |")
+    assert table[2].startswith("| s010 `qk_score` |") and "a \\| b" in table[2] and "| holds |" in table[2]
+    assert all(line.replace("\\|", "").count("|") == 9 for line in table)
+    text = replicate.page(tmp_path)
+    assert "Of 1: 1 hold, 0 hold partly, 0 do not." in text and "- met: met" in text
+
+
+def test_a_file_that_is_no_result(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is not a kept replication: it lacks seed"):
+        replicate.kept(tmp_path)
+
+
+def test_the_page_is_made_from_the_kept_results():
+    folder = DOCS / "replications"
+    assert (DOCS / "replications.md").read_text(encoding="utf-8") == replicate.page(folder)
+    for row in replicate.kept(folder):
+        assert row["outcome"] == judge(row["checks"])
+
+
+def test_the_compensation_token_is_exact_for_keys_that_are_alike():
+    from headwise.replicate.razor_heads import compensation
+
+    torch.manual_seed(0)
+    query, rest, values = torch.randn(8), torch.randn(5, 8), torch.randn(12, 8)
+    keys = torch.cat([rest, torch.randn(1, 8).expand(7, 8)])
+    full = (keys @ query).softmax(-1) @ values
+    key, value, more = compensation(keys[5:], values[5:])
+    scores = torch.cat([rest @ query, key @ query + more])
+    assert torch.allclose(scores.softmax(-1) @ torch.cat([values[:5], value]), full, atol=1e-5)
+
+
+def test_constructed_maps_are_patterns_of_three_kinds():
+    from headwise.replicate.vit_heads import constructed_maps, purity
+
+    maps, kinds = constructed_maps(9)
+    assert maps.shape == (9, 16, 16) and torch.allclose(maps.sum(-1), torch.ones(9, 16))
+    assert purity(kinds.numpy(), kinds.numpy()) == 1.0
+    assert purity(np.zeros(9, dtype=int), kinds.numpy()) == pytest.approx(1 / 3)
+
+
+def test_number_lines_are_right():
+    from headwise.replicate.successor_heads import COUNT, NEXT, number_lines
+
+    ids, labels = number_lines(50, torch.Generator().manual_seed(0))
+    for number, asked, answer in ids.reshape(-1, 3).tolist():
+        right = (number + 1, COUNT + number // 10, COUNT + 10 + number % 10)
+        assert answer == right[asked - NEXT]
+    assert (labels.view(50, -1, 3)[..., :2] == -100).all()
+
+
+def test_outcomes_of_the_vision_replication_on_made_up_numbers():
+    from headwise.replicate.vit_heads import VitHeads
+
+    maps = {"autoencoder": 0.9, "raw": 0.9, "shuffled": 0.4}
+    for least, most, whole, outcome in ((97, 50, 98, "holds"), (97, 50, 90, "partly"), (80, 50, 98, "fails")):
+        curves = {name: [whole, value] for name, value in (("least", least), ("most", most), ("random 0", 70))}
+        assert VitHeads()._judge(curves, 1, {}, maps, 300, {}).outcome == outcome
+
+
+def test_outcomes_of_the_qk_score_on_made_up_numbers():
+    from headwise.replicate.qk_score import QKScore
+
+    for qk, attention, outcome in ((60, 50, "holds"), (60, 70, "partly"), (50, 40, "fails")):
+        found = {
+            name: {"head": "L1.H0", "share": share, "low": 0.0, "high": 100.0, "dev": share}
+            for name, share in (("qk", qk), ("attention", attention))
+        }
+        assert QKScore()._judge(found, 25.0, torch.zeros(200, dtype=torch.long), 25.0, 200).outcome == outcome
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_full_run(name, tmp_path):
+    row = replicate.run(name, record=tmp_path)
+    assert row["outcome"] in replicate.OUTCOMES and row["measured"] and row["baseline"]
