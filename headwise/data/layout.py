@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
 def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The token a prompt starts with: the tokenizer's BOS, else its CLS, else none."""
     for token in (tokenizer.bos_token_id, tokenizer.cls_token_id):
-        if token is not None:
+        if isinstance(token, int):
             return [token]
     return []
 
@@ -37,7 +37,7 @@ def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The id that fills the left of short prompts; it is masked, so any id will do where there is no pad token."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if isinstance(token, int):
             return token
     return 0
 
