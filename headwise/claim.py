@@ -2,7 +2,8 @@
 
 A verdict is computed, never typed. *Proved*: taking the head away hurts the role's task and putting it back restores
 the task, each beyond random heads of the same layers, on held-out prompts, after Holm's correction over all claims of
-the map. *Refuted*: it looks the part, was tested, and neither holds. Everything else is *unknown*.
+the map. *Refuted*: it looks the part, was tested, and does no better than random heads in either test, even before the
+correction. Everything else is *unknown*.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -106,7 +107,7 @@ class Claim:
         if self.verdict == "proved":
             return f"{self.unit} {self.role}: proved ({', '.join(s for s in held if s in ('needed', 'enough'))})"
         if self.verdict == "refuted":
-            return f"{self.unit} looks like {self.role}, but is neither needed nor enough: refuted"
+            return f"{self.unit} looks like {self.role}, but does no better than random heads: refuted"
         return f"{self.unit} {self.role}: unknown ({', '.join(held) or 'nothing'} holds)"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -131,9 +132,11 @@ def settle(claims: list[Claim]) -> list[Claim]:
 
 
 def _verdict(rungs: list[Rung]) -> str:
-    tested = {r.step: r.passed for r in rungs if r.step in ("needed", "enough")}
+    tested = [r for r in rungs if r.step in ("needed", "enough")]
     if len(tested) < 2:
         return "unknown"
-    if all(tested.values()):
+    if all(r.passed for r in tested):
         return "proved"
-    return "unknown" if any(tested.values()) else "refuted"
+    # A head that is ahead of the random ones, only not surely enough for the whole family, is not refuted.
+    hints = [r for r in tested if r.p <= LEVEL and r.share >= FLOOR and r.value > r.null]
+    return "unknown" if hints else "refuted"

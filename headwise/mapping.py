@@ -41,7 +41,11 @@ SEEN = {
 }  # fmt: skip
 # Tasks whose prompts are not of the usual number or size: needles are shorter than the task's default, so that proofs
 # on them take seconds. The model must answer clean prompts this much better (nats) for anything to be provable.
-SIZES: dict[str, tuple[int, dict[str, Any]]] = {"repeated_tokens": (8, {}), "needle": (24, {"length": 160})}
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {
+    "repeated_tokens": (8, {}),
+    "induction": (64, {}),
+    "needle": (24, {"length": 160}),
+}
 LEAST_GAP = 0.5
 
 
