@@ -85,7 +85,8 @@ class Anatomy:
         residual = site.kind in ("resid_pre", "resid_post")
         numbers = sorted(self.blocks[site.stack]) if residual else self.numbers(site.stack)
         if site.layer is not None and site.layer not in numbers:
-            near = min(numbers, key=lambda n: abs(n - site.layer))
+            asked = site.layer
+            near = min(numbers, key=lambda n: abs(n - asked))
             raise ValueError(
                 f"{text}: this {self.model_type} has the layers {_span(numbers)}, not {site.layer}. "
                 f"Did you mean {site.at_layer(near)}?"

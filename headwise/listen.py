@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,8 @@ def listen(model: PreTrainedModel, wanted: "list[tuple[Site, Handler]]") -> Iter
         if not error <= limit and any(site.kind in kinds for site, _ in wanted):
             raise ValueError(
                 f"{type(model).__name__} computes attention in a way that headwise does not reproduce (relative error "
-                f"{error:.1e}, allowed {limit:.0e}); its {', '.join(kinds)} would be wrong, so they are refused."
+                f"{error:.1e}, allowed {limit:.0e}); its {', '.join(kinds)} would be wrong, so they are refused. "
+                "A model opened with attn_implementation='eager' may be read."
             )
     with ExitStack() as stack:
         session = _enter(model, body, stack)
@@ -242,17 +244,16 @@ def _hook(body: Anatomy, layer: Layer | None, site: Site, handler: Handler, sess
             carried.append(new - value)
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
 
-    def on_output(_: nn.Module, args: tuple, output: object) -> object | None:
+    def on_output(_: nn.Module, args: tuple, output: Any) -> Any:
         new = see(output[0] if isinstance(output, (tuple, list)) else output)
-        return type(output)((new, *output[1:])) if isinstance(output, (tuple, list)) and new is not None else new
+        return None if new is None else _with_first(output, new)
 
-    def carry(_: nn.Module, args: tuple, output: object) -> object | None:
+    def carry(_: nn.Module, args: tuple, output: Any) -> Any:
         """What was written at the input of the MLP's norm belongs to the residual stream too."""
         if not carried:
             return None
         value = output[0] if isinstance(output, (tuple, list)) else output
-        value = value + carried.pop().view_as(value)
-        return type(output)((value, *output[1:])) if isinstance(output, (tuple, list)) else value
+        return _with_first(output, value + carried.pop().view_as(value))
 
     block = body.blocks[site.stack][site.layer]
     module, before = _door(block, layer, site.kind)
@@ -266,7 +267,14 @@ def _hook(body: Anatomy, layer: Layer | None, site: Site, handler: Handler, sess
         yield
 
 
-def _door(block: nn.Module, layer: Layer | None, kind: str) -> tuple[nn.Module, bool]:
+def _with_first(output: Any, value: Tensor) -> Any:
+    """What a module gave, with its first tensor exchanged."""
+    if isinstance(output, list):
+        return [value, *output[1:]]
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _door(block: nn.Module, layer: Layer | None, kind: str) -> tuple[Any, bool]:
     """The module at which a kind of value passes, and whether as its input."""
     if layer is None:
         return block, kind == "resid_pre"

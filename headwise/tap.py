@@ -54,7 +54,8 @@ class Tap:
 
     def by_layer(self, kind: str, stack: str = "") -> dict[int, Tensor]:
         """The values of one kind by real layer number."""
-        return {s.layer: v[-1] for s, v in self._values.items() if s.kind == kind and s.stack == stack and v}
+        chosen = {s.layer: v[-1] for s, v in self._values.items() if s.kind == kind and s.stack == stack and v}
+        return {layer: value for layer, value in chosen.items() if layer is not None}
 
     def stack(self, kind: str, stack: str = "") -> Tensor:
         """The values of one kind, first axis the tapped layers. Raises ValueError when their shapes differ."""

@@ -61,11 +61,12 @@ class Family:
     config: str
     fields: dict[str, Any] = field(default_factory=dict)
     kind: str = "decoder"
+    attention: str | None = None  # what transformers chooses: SDPA where the type has it
 
     def build(self, attention: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**self.fields)
-        config._attn_implementation = attention  # None: what transformers chooses, SDPA where the type has it
+        config._attn_implementation = attention or self.attention
         model = getattr(transformers, self.model)(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -104,7 +105,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _llama("Qwen3", head_dim=8),
     "mistral": _llama("Mistral", sliding_window=4),
     "mixtral": _llama("Mixtral", **_MOE),
-    "gemma2": _llama("Gemma2", head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_LLAMA, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+        attention="eager",  # some versions have an SDPA that leaves the cap out
+    ),
     "gemma3": Family(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",

@@ -121,7 +121,9 @@ def test_shared_layers_are_refused():
         num_attention_heads=4,
         intermediate_size=48,
     )
-    with pytest.raises(ValueError, match=r"AlbertModel runs one attention module several times .* cannot tell them apart"):
+    with pytest.raises(
+        ValueError, match=r"AlbertModel runs one attention module several times .* cannot tell them apart"
+    ):
         anatomy(transformers.AlbertModel(config).eval())
 
 
