@@ -60,7 +60,7 @@ def pages() -> dict[str, str]:
     """Every generated page by file name."""
     made = {"methods.md": methods()}
     if (DOCS / "replications").is_dir():
-        made["replications.md"] = replicate.page(DOCS / "replications").rstrip() + "\n"
+        made["replications.md"] = replicate.page(DOCS / "replications")
     return made
 
 

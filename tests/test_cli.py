@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from headwise import cli
 from headwise.atlas import Atlas
 from headwise.claim import Claim, Rung
+from headwise.data.planted import Planted
 from headwise.score import COLUMNS, Score
 
 NAN = float("nan")
@@ -333,12 +334,17 @@ def test_prove_prints_the_ladder(capsys, decoder, monkeypatch):
     assert entry["verdict"] == "proved" and entry["rungs"][0]["null"] is None
 
 
-def test_prove_on_the_default_model(capsys):
-    result = run(capsys, "prove", "default", "L0.H0", "induction", "--n", "8", "--json")
-    assert result.code == 0, result.err
-    entry = json.loads(result.out)
-    assert entry["unit"] == "L0.H0" and entry["verdict"] in ("refuted", "unknown")
-    assert [rung["step"] for rung in entry["rungs"]] == ["seen", "needed", "enough"]
+def test_prove_confirms_a_planted_head_and_refutes_a_decoy(capsys, tmp_path):
+    planted = Planted(decoys=("mute",)).build(seed=3)
+    planted.model.save_pretrained(tmp_path / "planted")
+    planted.tokenizer.save_pretrained(tmp_path / "planted")
+    unit = next(unit for unit, part in planted.truth.items() if part == "induction")
+    for head, verdict in ((unit, "proved"), (next(iter(planted.decoys)), "refuted")):
+        result = run(capsys, "prove", tmp_path / "planted", head, "induction", "--n", "12", "--json")
+        assert result.code == 0, result.err
+        entry = json.loads(result.out)
+        assert (entry["unit"], entry["verdict"]) == (head, verdict)
+        assert [rung["step"] for rung in entry["rungs"]] == ["seen", "needed", "enough"]
 
 
 def test_report(capsys, atlas, tmp_path):
