@@ -255,4 +255,4 @@ def page(folder: "str | Path") -> str:
         text += [f"### {row['seed']} {row['name']}", "", f"Made {row.get('when', 'at an unknown time')[:10]}.", ""]
         text += [f"- {'met' if met else 'not met'}: {name}" for name, met in row.get("checks", {}).items()]
         text.append("")
-    return "\n".join(text)
+    return "\n".join(text).rstrip() + "\n"
