@@ -59,7 +59,7 @@ def methods() -> str:
 def pages() -> dict[str, str]:
     """Every generated page by file name."""
     made = {"methods.md": methods()}
-    if (DOCS / "replications").is_dir():
+    if any((DOCS / "replications").glob("*.json")):
         made["replications.md"] = replicate.page(DOCS / "replications")
     return made
 
