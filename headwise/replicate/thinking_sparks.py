@@ -1,31 +1,37 @@
 """Thinking Sparks!: Emergent Attention Heads in Reasoning Models During Post Training. Park et al., 2025.
 arXiv:2509.25758
 
-Row s125 of the mission. The default model before and after a short supervised fine-tune made here on multiple-choice
-letters. Only that part of the paper is covered: no distillation, no GRPO, no thinking switched on and off, no counts
-over training steps.
+Row s125 of the mission. The default model before and after a short supervised fine-tune made here: asked who is given
+something, it learns to name the person named twice, where before it named the other one. Only that part of the paper is
+covered: no distillation, no GRPO, no thinking switched on and off, no counts over training steps.
 """
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.anatomy import anatomy
-from headwise.data import MultipleChoice
+from headwise.data import IOI
 from headwise.do import Mean, do
 from headwise.heads import Attribution
 from headwise.models import open_model
 from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
-from headwise.replicate.runs import logits_of
+from headwise.replicate.runs import rates
 from headwise.tap import Tap, tap
 from headwise.task import Batch
+
+
+def named_twice(tokenizer: PreTrainedTokenizerBase, n: int, seed: int) -> Batch:
+    """The prompts of indirect objects with answer and foil exchanged."""
+    batch = IOI().make(tokenizer, n, seed)
+    return replace(batch, answer=batch.foil, foil=batch.answer)
 
 
 def tuned(model: PreTrainedModel, batch: Batch, seed: int = 0, steps: int = 40, rows: int = 8) -> PreTrainedModel:
@@ -37,7 +43,7 @@ def tuned(model: PreTrainedModel, batch: Batch, seed: int = 0, steps: int = 40, 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = [p.requires_grad_(True) for block in upper for p in block.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     order = torch.randperm(len(batch)).split(rows)
     model.train()
@@ -66,14 +72,15 @@ class ThinkingSparks(Replication):
     circuit: ClassVar[int] = 27
     least_jaccard: ClassVar[float] = 0.6
     least_share: ClassVar[float] = 0.5
+    least_gain: ClassVar[float] = 30.0
 
     def run(self, seed: int = 0) -> Outcome:
         """Circuits come from two resamples of prompts, the figures from prompts of a third draw."""
         model, tokenizer = open_model("default")
-        task, n = MultipleChoice(), 32 if self.full else 16
-        after = tuned(model, task.make(tokenizer, 640 if self.full else 320, seed + 1), seed, 80 if self.full else 40)
-        held = task.make(tokenizer, 120 if self.full else 60, seed + 2)
-        samples = [task.make(tokenizer, n, seed + 3 + i) for i in range(2)]
+        n = 64 if self.full else 32
+        after = tuned(model, named_twice(tokenizer, 640 if self.full else 320, seed + 1), seed, 80 if self.full else 40)
+        held = named_twice(tokenizer, 200 if self.full else 100, seed + 2)
+        samples = [named_twice(tokenizer, n, seed + 3 + i) for i in range(2)]
         with tqdm(total=6, desc="s125 circuits", disable=hidden(), leave=False) as bar:
             circuits: dict[str, list[set[str]]] = {"before": [], "after": []}
             for name, one in (("before", model), ("after", after)):
@@ -95,10 +102,8 @@ class ThinkingSparks(Replication):
         return {unit for unit, _ in order[: self.circuit]}
 
     def _right(self, model: PreTrainedModel, batch: Batch) -> float:
-        """Percent of questions whose right letter ranks first of the letters."""
-        letters = torch.tensor(batch.about["letters"])
-        said = letters[logits_of(model, batch)[:, letters].argmax(-1)]
-        return 100 * float((said == batch.answer[:, 0]).float().mean())
+        """Percent of prompts whose answer ranks first of all tokens."""
+        return rates(model, batch)["stated"]
 
     def _ablated(self, model, sample: Batch, held: Batch, units: set[str], circuits, seed: int) -> dict:
         """Accuracy without the emergent heads, and without as many heads outside both circuits (3 draws)."""
@@ -131,16 +136,17 @@ class ThinkingSparks(Replication):
         checks = {
             f"taking the emergent heads away costs at least {100 * self.least_share:.0f} % of the gain": lost
             >= self.least_share,
+            f"fine-tuning adds at least {self.least_gain:.0f} points": gain >= self.least_gain,
             "random heads of the same layers cost less": lost_random < lost,
             f"emergent sets of two prompt samples agree, Jaccard above {self.least_jaccard}": jaccard
             > self.least_jaccard,
             "more heads are new than between two samples of the model before": size > len(null),
         }
         measured = (
-            f"letters right {rate['before']:.0f} % to {rate['after']:.0f} % after fine-tuning; "
+            f"skill {rate['before']:.0f} % to {rate['after']:.0f} % after fine-tuning; "
             f"{len(rate['units'])} emergent "
             f"heads, without them {rate['without']:.0f} % ({100 * lost:.0f} % of the gain); Jaccard {jaccard:.2f}; "
-            f"{n} held-out questions; GRPO and distillation not covered"
+            f"{n} held-out prompts; GRPO and distillation not covered"
         )
         baseline = (
             f"without as many random heads of the same layers {at_random:.0f} % ({100 * lost_random:.0f} % of "
