@@ -190,6 +190,92 @@ def test_outcomes_of_the_qk_score_on_made_up_numbers():
         assert QKScore()._judge(found, 25.0, torch.zeros(200, dtype=torch.long), 25.0, 200).outcome == outcome
 
 
+def test_outcomes_of_the_scaled_head_on_made_up_numbers():
+    from headwise.replicate.fact_or_context import FactOrContext
+
+    def judged(before: float, up: float, down: float, shift: float) -> str:
+        rates = [{"stated": value, "memorised": 0.0} for value in (before, up, down)]
+        return FactOrContext()._judge("L1.H0", *rates, [shift, -shift], 0.0, 20, {}).outcome
+
+    assert judged(40, 80, 5, 2) == "holds"
+    assert judged(40, 80, 5, 9) == judged(40, 80, 30, 2) == "partly"
+    assert judged(40, 60, 5, 2) == "fails"
+
+
+def test_outcomes_of_the_razor_on_made_up_numbers():
+    from headwise.replicate.razor_heads import RazorHeads
+
+    def judged(saved: float, found: float, plain: float) -> str:
+        rate = {"full": 100.0, "razor": found, "no choice": plain, "random heads": 0.0}
+        nats = {"full": 3.0, "razor": 3.01, "no choice": 3.2, "random heads": 3.5}
+        return RazorHeads()._judge(rate, nats, {"razor": saved}, torch.tensor([0.1]), 18, ["L1.G0"]).outcome
+
+    assert judged(65, 95, 40) == "holds"
+    assert judged(65, 95, 60) == "partly"
+    assert judged(65, 80, 40) == judged(50, 95, 40) == "fails"
+
+
+def test_outcomes_of_emergent_heads_on_made_up_numbers():
+    from headwise.replicate.thinking_sparks import ThinkingSparks
+
+    def judged(without: float, random: float) -> str:
+        rate = {"before": 0.0, "after": 100.0, "without": without, "random": [random], "units": ["L1.H0"]}
+        emergent = [{"L1.H0", "L2.H0"}, {"L1.H0", "L2.H0"}]
+        return ThinkingSparks()._judge(emergent, {"L3.H0"}, {"before": [], "after": []}, rate, 50).outcome
+
+    assert judged(20, 90) == "holds"
+    assert judged(20, 10) == "partly"
+    assert judged(80, 90) == "fails"
+
+
+def test_outcomes_of_retrieval_heads_on_made_up_numbers():
+    from headwise.method import load
+    from headwise.replicate.retrieval_heads import RetrievalHeads
+    from headwise.score import COLUMNS, Score, pl
+
+    values = [0.9] * 10 + [i / 1000 for i in range(190)]
+    columns = {
+        "unit": [f"L{i}.H0" for i in range(200)],
+        "layer": list(range(200)),
+        "index": [0] * 200,
+        "value": values,
+        "low": values,
+        "high": values,
+        "n": [9] * 200,
+    }
+    score = Score(load("heads.retrieval")().identity()["name"].split(".")[1], pl.DataFrame(columns, schema=COLUMNS))
+    found = {
+        random: RetrievalHeads()._judge([score, score], score, score.top(10), 100.0, 0.0, [random], 18)
+        for random in (100.0, 50.0)
+    }
+    assert found[100.0].outcome == "partly" and "at most 10 % of heads" in found[100.0].measured
+    assert found[50.0].checks["without 10 random heads it falls by at most 10"] is False
+
+
+def test_trained_models_are_plain_models_and_repeatable():
+    from headwise.data import DigitImages
+    from headwise.replicate.successor_heads import trained_on_numbers
+    from headwise.replicate.vit_heads import trained_vit
+
+    batch = DigitImages(part="train").make(None, 64)
+    for one, other in (
+        (trained_on_numbers(0, 2), trained_on_numbers(0, 2)),
+        (trained_vit(batch, 0, 1), trained_vit(batch, 0, 1)),
+    ):
+        assert type(one).__module__.startswith("transformers.") and not one.training
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_features_that_are_a_digit_are_read_and_shuffled_ones_are_not():
+    from headwise.replicate.successor_heads import _probe
+
+    digits = torch.arange(100) % 10
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    inside = torch.nn.functional.one_hot(digits, 10).float()
+    assert _probe(inside, digits, order[:70], order[70:]) == 100
+    assert _probe(inside, digits[order], order[:70], order[70:]) < 60
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ROWS)
