@@ -3,6 +3,9 @@
 Changing head h of layer l leaves layers 0 to l-1 as they were. So the residual stream is cached once, and each variant
 starts at layer l from the cache: over all layers this halves the work. The logits are computed only at the columns that
 hold answers. `share_prefix=False` is the naive twin: a full forward pass for every unit.
+
+Matrix products take the fastest kernel there is; with `dtype="bfloat16"` they are rounded, which keeps the order of the
+heads (docs/bench.md) but not the last digits.
 """
 
 import logging
@@ -16,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from headwise.anatomy import Anatomy, anatomy
+from headwise.matmul import fast_matmul
 from headwise.progress import hidden
 from headwise.site import Site, Unit
 from headwise.tap import Place, listen, tap
@@ -64,19 +68,21 @@ def effects(
     share_prefix: bool = True,
     prompts: int = 8,
     variants: int = 1,
+    dtype: str = "float32",
     label: str | None = None,
 ) -> Effects:
     """Change one unit at a time and measure.
 
     Args:
         units: heads ("L5.H1") and sublayers ("L5.mlp", "L5.attn"); None for every head of the main stack.
-        how: "zero"; "mean", over this batch's prompts and columns; "resample", the value of the corrupt prompt (or of the
-            next prompt where there are none); "restore", the clean value into the corrupt run.
+        how: "zero"; "mean", over this batch's prompts and columns; "resample", the value of the corrupt prompt (or of
+            the next prompt where there are none); "restore", the clean value into the corrupt run.
         prompts: prompts in one forward pass; variants: units changed side by side, as further rows of it.
+        dtype: "float32", or "bfloat16" for faster matrix products in all runs, the unchanged one included.
         label: text of the progress bar, None for no bar.
 
     Raises:
-        ValueError: an unknown `how`, a unit that does not exist, or restore without corrupt prompts.
+        ValueError: an unknown `how` or `dtype`, a unit that does not exist, or restore without corrupt prompts.
     """
     if how not in HOWS:
         raise ValueError(f"{how!r} is not a way to change a unit: {', '.join(HOWS)}.")
@@ -84,10 +90,10 @@ def effects(
     units = body.units() if units is None else units
     sites = {unit: _site(body, unit) for unit in units}
     batch = (batch.flipped() if how == "restore" else batch).to(model.device)
-    means = _means(model, batch, sites, prompts) if how == "mean" else {}
     parts: list[Effects] = []
     bar = tqdm(total=len(units) * -(-len(batch) // prompts), desc=label, disable=label is None or hidden(), leave=False)
-    with torch.no_grad(), bar:
+    with torch.no_grad(), fast_matmul(model, dtype), bar:
+        means = _means(model, batch, sites, prompts) if how == "mean" else {}
         for chunk in _even_chunks(batch, prompts, how):
             parts.append(_scan_chunk(model, body, chunk, sites, how, metric, means, share_prefix, variants, bar.update))
     other = None if parts[0].other is None else torch.cat([p.other for p in parts])
@@ -205,7 +211,9 @@ class _Runner:
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as problem:
             log.debug("starting from layer %d failed: %s", layer, problem)
             return False
-        return bool(torch.allclose(again, base.cpu(), rtol=1e-3, atol=1e-3 if self.model.dtype == torch.float32 else 5e-2))
+        return bool(
+            torch.allclose(again, base.cpu(), rtol=1e-3, atol=1e-3 if self.model.dtype == torch.float32 else 5e-2)
+        )
 
     def __call__(self, sites: list[Site], new: Tensor | None) -> list[Tensor]:
         """The metric [B] of each variant: the site of that variant replaced by `new` (None: zero)."""
