@@ -67,6 +67,9 @@ def print_roles(atlas: "Atlas") -> None:
             rows.append((role.name, *(" ".join(units) or "-" for units in found.values())))
     print_table(("role", "proved", "looks like it, refuted", "not settled"), rows, stretch=(1, 2, 3))
     say(summary_sentence(atlas.heads()))
+    skipped = atlas.about.get("skipped", {})
+    if skipped:
+        say(f"Left out, for reasons that {atlas.path / 'atlas.json'} gives: {', '.join(sorted(skipped))}.")
 
 
 def print_scores(scores: "list[Score]") -> None:
