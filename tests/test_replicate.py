@@ -220,6 +220,7 @@ def test_outcomes_of_emergent_heads_on_made_up_numbers():
 
     def judged(without: float, random: float) -> str:
         rate = {"before": 0.0, "after": 100.0, "without": without, "random": [random], "units": ["L1.H0"]}
+        rate["without_circuit"] = 0.0
         emergent = [{"L1.H0", "L2.H0"}, {"L1.H0", "L2.H0"}]
         return ThinkingSparks()._judge(emergent, {"L3.H0"}, {"before": [], "after": []}, rate, 50).outcome
 

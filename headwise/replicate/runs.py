@@ -15,9 +15,9 @@ def logits_of(model: PreTrainedModel, batch: Batch, rows: int = 16) -> Tensor:
         return torch.cat([answer_logits(model, part)[:, 0].float() for part in batch.chunks(rows)])
 
 
-def rates(model: PreTrainedModel, batch: Batch) -> dict:
+def rates(model: PreTrainedModel, batch: Batch, rows: int = 16) -> dict:
     """In percent of prompts: how often the answer ("stated") and the foil ("memorised") is said; "said": the tokens."""
-    logits = logits_of(model, batch)
+    logits = logits_of(model, batch, rows)
     said = logits.argmax(-1)
     share = {
         name: 100 * float((said == ids[:, 0]).float().mean())

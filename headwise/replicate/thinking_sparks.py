@@ -8,6 +8,7 @@ covered: no distillation, no GRPO, no thinking switched on and off, no counts ov
 
 import copy
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.anatomy import anatomy
 from headwise.data import IOI
-from headwise.do import Mean, do
+from headwise.do import Patch, do
 from headwise.heads import Attribution
 from headwise.models import open_model
 from headwise.progress import hidden
@@ -91,7 +92,7 @@ class ThinkingSparks(Replication):
             null = circuits["before"][1] - circuits["before"][0]
             rate = {"before": self._right(model, held), "after": self._right(after, held)}
             bar.update()
-            rate |= self._ablated(after, samples[0], held, emergent[0] & emergent[1] or emergent[0], circuits, seed)
+            rate |= self._ablated(after, held, emergent[0] & emergent[1] or emergent[0], circuits, seed)
             bar.update()
         return self._judge(emergent, null, circuits, rate, len(held))
 
@@ -101,29 +102,31 @@ class ThinkingSparks(Replication):
         order = sorted(zip(table["unit"], table["value"], strict=True), key=lambda row: -abs(row[1]))
         return {unit for unit, _ in order[: self.circuit]}
 
-    def _right(self, model: PreTrainedModel, batch: Batch) -> float:
+    def _right(self, model: PreTrainedModel, batch: Batch, rows: int = 16) -> float:
         """Percent of prompts whose answer ranks first of all tokens."""
-        return rates(model, batch)["stated"]
+        return rates(model, batch, rows)["stated"]
 
-    def _ablated(self, model, sample: Batch, held: Batch, units: set[str], circuits, seed: int) -> dict:
-        """Accuracy without the emergent heads, and without as many heads outside both circuits (3 draws)."""
-        with torch.no_grad(), tap(model, "z", positions=[-1]) as t:
-            model.base_model(**sample.inputs)
-        outside = [u for u in anatomy(model).units() if not any(u in c for both in circuits.values() for c in both)]
+    def _ablated(self, model: PreTrainedModel, held: Batch, units: set[str], circuits, seed: int) -> dict:
+        """Accuracy without the emergent heads, without the circuit, and without as many heads outside it (3 draws)."""
+        with torch.no_grad(), tap(model, "z") as t:
+            model.base_model(**held.flipped().inputs)
+        inside = {unit for both in circuits.values() for circuit in both for unit in circuit}
+        outside = [unit for unit in anatomy(model).units() if unit not in inside]
         layers = {unit.split(".")[0] for unit in units}
-        beside = [u for u in outside if u.split(".")[0] in layers]
+        beside = [unit for unit in outside if unit.split(".")[0] in layers]
         draw = random.Random(f"sparks {seed}")
         others = [draw.sample(beside if len(beside) >= len(units) else outside, len(units)) for _ in range(3)]
         return {
-            "without": self._without(model, held, sorted(units), t),
+            "without": self._without(model, held, units, t),
+            "without_circuit": self._without(model, held, circuits["after"][0], t),
             "random": [self._without(model, held, other, t) for other in others],
             "units": sorted(units),
         }
 
-    def _without(self, model: PreTrainedModel, held: Batch, units: list[str], mean: Tap) -> float:
-        """At the last column each head says what it says there on average."""
-        with do(model, *[Mean(unit, mean, positions=[-1]) for unit in units]):
-            return self._right(model, held)
+    def _without(self, model: PreTrainedModel, held: Batch, units: Iterable[str], corrupt: Tap) -> float:
+        """Each head says, at every column, what it says on the corrupt prompt: what attribution estimates."""
+        with do(model, *[Patch(unit, corrupt) for unit in sorted(units)]):
+            return self._right(model, held, len(held))
 
     def _judge(self, emergent, null: set[str], circuits, rate: dict, n: int) -> Outcome:
         both = emergent[0] | emergent[1]
@@ -145,7 +148,8 @@ class ThinkingSparks(Replication):
         measured = (
             f"skill {rate['before']:.0f} % to {rate['after']:.0f} % after fine-tuning; "
             f"{len(rate['units'])} emergent "
-            f"heads, without them {rate['without']:.0f} % ({100 * lost:.0f} % of the gain); Jaccard {jaccard:.2f}; "
+            f"heads, without them {rate['without']:.0f} % ({100 * lost:.0f} % of the gain), without the "
+            f"circuit of {self.circuit} {rate['without_circuit']:.0f} %; Jaccard {jaccard:.2f}; "
             f"{n} held-out prompts; GRPO and distillation not covered"
         )
         baseline = (
