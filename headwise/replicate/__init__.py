@@ -54,7 +54,8 @@ class Outcome:
 class Replication:
     """Base of every replication.
 
-    Class attributes: `row`, the row of the mission; `claim`, one sentence; `paper`, the paper's figure in words.
+    Class attributes: `row`, the row of the mission; `claim`, one sentence; `paper`, the paper's figure in words;
+    `changed`, what was changed after results had been seen, so that readers can discount it.
 
     Fields:
         full: more prompts, and so more minutes.
@@ -65,6 +66,7 @@ class Replication:
     row: ClassVar[str] = ""
     claim: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    changed: ClassVar[str] = ""
 
     def run(self, seed: int = 0) -> Outcome:
         """Measure. The same seed gives the same numbers on the same machine."""
@@ -81,6 +83,7 @@ class Entry:
     paper: str
     title: str
     class_name: str
+    changed: str
 
 
 def judge(checks: dict[str, bool]) -> str:
@@ -103,14 +106,13 @@ def _entry(file: Path) -> Entry | None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(b) == "Replication" for b in node.bases):
-            texts: dict[str, str] = {}
+            texts = dict.fromkeys(("row", "claim", "paper", "changed"), "")
             for line in node.body:
                 named = isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-                if named and line.value is not None and line.target.id in ("row", "claim", "paper"):
+                if named and line.value is not None and line.target.id in texts:
                     texts[line.target.id] = str(ast.literal_eval(line.value))
             title = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
-            found = {key: texts.get(key, "") for key in ("row", "claim", "paper")}
-            return Entry(file.stem, **found, title=title, class_name=node.name)
+            return Entry(file.stem, **texts, title=title, class_name=node.name)
     return None
 
 
@@ -235,6 +237,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
 def page(folder: "str | Path") -> str:
     """The text of docs/replications.md from the kept results."""
     rows = kept(folder)
+    changed = {entry.name: entry.changed for entry in entries()}
     count = {word: sum(row["outcome"] == word for row in rows) for word in OUTCOMES}
     text = [
         "# Replications",
@@ -244,6 +247,7 @@ def page(folder: "str | Path") -> str:
         "every number behind them. Thresholds stand in each file of `headwise/replicate/`; code compares and decides.",
         "A claim *holds* when every check is met, holds *partly* when the first check, the claim itself, is met and",
         "another is not, and *does not* hold when the first is not met. The checks that were not met are named.",
+        "Seconds are those of one thread on two cores that were busy with other work, so they are too many.",
         "",
         f"Of {len(rows)}: {count['holds']} hold, {count['partly']} hold partly, {count['fails']} do not.",
         "",
@@ -255,4 +259,6 @@ def page(folder: "str | Path") -> str:
         text += [f"### {row['seed']} {row['name']}", "", f"Made {row.get('when', 'at an unknown time')[:10]}.", ""]
         text += [f"- {'met' if met else 'not met'}: {name}" for name, met in row.get("checks", {}).items()]
         text.append("")
+        if said := changed.get(row["name"]):
+            text += [f"Changed after results had been seen: {said}", ""]
     return "\n".join(text).rstrip() + "\n"
