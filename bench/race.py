@@ -97,7 +97,11 @@ class Race:
         """Medians, and the median over rounds of the ratio to the reference of the same round."""
         found = {}
         for name, runs in self.runs.items():
-            row: dict = {"runs": len(runs), "peak_mb": round(max((r["peak_mb"] for r in runs), default=0))}
+            row: dict = {
+                "runs": len(runs),
+                "cpu_total": round(sum(r["cpu"] for r in runs), 1),
+                "peak_mb": round(max((r["peak_mb"] for r in runs), default=0)),
+            }
             for clock in ("wall", "cpu"):
                 values = [r[clock] for r in runs]
                 pairs = [r[clock] / b[clock] for r, b in zip(runs, self.runs[reference], strict=False)]
@@ -116,11 +120,16 @@ def save(name: str, found: dict) -> None:
     print(f"wrote bench/results/{path.name}", file=sys.stderr)
 
 
+def particulars_of_ours() -> dict[str, str]:
+    """Versions in headwise's own environment."""
+    return env.versions(sys.executable)
+
+
 def particulars(envs: Path, names: list[str], threads: int) -> dict:
     """What every result carries."""
     peers = {name: env.versions(env.python_of(name, envs)) for name in names if name in IN_PEERS}
     return {
         "machine": machine.facts(),
         "threads": threads,
-        "versions": {"headwise": env.versions(sys.executable), **peers},
+        "versions": {"headwise": particulars_of_ours(), **peers},
     }

@@ -4,8 +4,8 @@ Changing head h of layer l leaves layers 0 to l-1 as they were. So the residual 
 starts at layer l from the cache: over all layers this halves the work. The logits are computed only at the columns that
 hold answers. `share_prefix=False` is the naive twin: a full forward pass for every unit.
 
-Matrix products take the fastest kernel there is; with `dtype="bfloat16"` they are rounded, which keeps the order of the
-heads (docs/bench.md) but not the last digits.
+Matrix products take the fastest kernel; with `dtype="bfloat16"` the difference of a variant from the unchanged run is
+rounded, which keeps the order of the heads (docs/bench.md) but not the last digits.
 """
 
 import logging
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from headwise.anatomy import Anatomy, anatomy
-from headwise.matmul import fast_matmul
+from headwise.matmul import Products, fast_matmul
 from headwise.progress import hidden
 from headwise.site import Site, Unit
 from headwise.tap import Place, listen, tap
@@ -78,7 +78,8 @@ def effects(
         how: "zero"; "mean", over this batch's prompts and columns; "resample", the value of the corrupt prompt (or of
             the next prompt where there are none); "restore", the clean value into the corrupt run.
         prompts: prompts in one forward pass; variants: units changed side by side, as further rows of it.
-        dtype: "float32", or "bfloat16" for faster matrix products in all runs, the unchanged one included.
+        dtype: "float32"; or "bfloat16", which rounds each variant's difference from the unchanged run: faster, for the
+            memory of what enters and leaves the linear layers in one part.
         label: text of the progress bar, None for no bar.
 
     Raises:
@@ -92,10 +93,12 @@ def effects(
     batch = (batch.flipped() if how == "restore" else batch).to(model.device)
     parts: list[Effects] = []
     bar = tqdm(total=len(units) * -(-len(batch) // prompts), desc=label, disable=label is None or hidden(), leave=False)
-    with torch.no_grad(), fast_matmul(model, dtype), bar:
+    with torch.no_grad(), fast_matmul(model, dtype) as products, bar:
         means = _means(model, batch, sites, prompts) if how == "mean" else {}
         for chunk in _even_chunks(batch, prompts, how):
-            parts.append(_scan_chunk(model, body, chunk, sites, how, metric, means, share_prefix, variants, bar.update))
+            job = (chunk, sites, how, metric, means, share_prefix, variants, bar.update)
+            parts.append(_scan_chunk(model, body, products, *job))
+            products.forget()
     other = None if parts[0].other is None else torch.cat([p.other for p in parts])
     changed = {unit: torch.cat([p.changed[unit] for p in parts]) for unit in units}
     return Effects(torch.cat([p.base for p in parts]), other, changed, how)
@@ -150,6 +153,7 @@ def _for_base(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Te
 def _scan_chunk(
     model: PreTrainedModel,
     body: Anatomy,
+    products: Products,
     chunk: Batch,
     sites: dict[str, Site],
     how: str,
@@ -167,7 +171,7 @@ def _scan_chunk(
         with tap(model, *whole) as t:
             other = metric(answer_logits(model, chunk, chunk.corrupt), chunk)
         source = {site: t[site] for site in whole}
-    with tap(model, *starts, *whole) as t, _noting_tuples(body) as tuples:
+    with tap(model, *starts, *whole) as t, _noting_tuples(body) as tuples, products.remember():
         logits = answer_logits(model, chunk)
     base = metric(logits, chunk)
     prefix = {site: t[site] for site in starts}

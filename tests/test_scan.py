@@ -149,10 +149,26 @@ def test_bfloat16_keeps_the_order_of_heads(name: str) -> None:
     model, batch = make(name, rows=8)
     exact, rounded = effects(model, batch, how="zero"), effects(model, batch, how="zero", dtype="bfloat16")
     both = torch.tensor([[float(e.of(u).mean()) for u in e.changed] for e in (exact, rounded)])
-    assert float(torch.corrcoef(both.argsort().argsort().double())[0, 1]) > 0.9
+    assert float(torch.corrcoef(both.argsort().argsort().double())[0, 1]) > 0.97
     assert not torch.equal(both[0], both[1])
-    assert rounded.base.dtype == torch.float32
-    close(effects(model, batch, how="zero", dtype="bfloat16", share_prefix=False), rounded, 0.02)
+    torch.testing.assert_close(rounded.base, exact.base, rtol=0, atol=1e-5)
+    close(effects(model, batch, how="zero", dtype="bfloat16", share_prefix=False), rounded, 5e-3)
+    close(effects(model, batch, how="zero", dtype="bfloat16", variants=4, prompts=3), exact, 0.05)
+
+
+def test_a_remembered_value_that_was_changed_in_place_is_not_used() -> None:
+    model, batch = make()
+    with torch.no_grad(), fast_matmul(model, "bfloat16") as products:
+        with products.remember():
+            exact = model(**batch.inputs).logits.clone()
+        for x, out, *_ in list(products.runs.values()):
+            x.add_(1)
+            out.mul_(2)
+        torch.testing.assert_close(model(**batch.inputs).logits, exact, rtol=0, atol=1e-5)
+        products.forget()
+        assert not products.runs
+    with torch.inference_mode():
+        effects(model, batch, ["L1.H0"], "zero", dtype="bfloat16")
 
 
 def test_fast_products_are_the_model_s_own() -> None:

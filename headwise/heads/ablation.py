@@ -21,7 +21,7 @@ class Ablation(HeadMethod):
         units: the heads and sublayers to take away; empty for every head.
         share_prefix: False runs the naive twin, a full forward pass a head.
         variants: heads taken away side by side, as rows of one batch.
-        dtype: "bfloat16" rounds matrix products: faster, for ranking heads.
+        dtype: "bfloat16" rounds differences from the unchanged run: faster, for ranking heads.
     """
 
     value: str = "mean"
