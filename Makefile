@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help map model test test-slow lint format types floors dead unit web web-check docs docs-check hooks clean
+.PHONY: help map model test test-slow lint format types floors dead unit web web-check docs docs-check hooks bench clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -86,6 +86,15 @@ docs: $(VENV)/.installed
 
 docs-check: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py --check
+
+# Side by side with the peers, in environments of their own; about an hour on a quiet machine of two cores.
+bench: $(VENV)/.dev model
+	@$(BIN)/python bench/read_sites.py
+	@$(BIN)/python bench/ablation_scan.py sample
+	@$(BIN)/python bench/ablation_scan.py sample --job scan_all
+	@$(BIN)/python bench/ablation_scan.py full
+	@$(BIN)/python bench/map_time.py
+	@$(BIN)/python bench/report.py
 
 hooks: $(VENV)/.dev
 	@$(BIN)/prek install

@@ -22,7 +22,7 @@ TASKS = ("induction", "ioi", "capitals", "successor")
 
 
 def compare(model, tokenizer, task: str, prompts: int) -> dict:
-    """Rank correlation of screen and exact effect over all heads, and how many of the exact top ten the screen finds."""
+    """Rank correlation of screen and exact effect over all heads, and how many of the exact top ten it finds."""
     batch = load(f"data.{task}")().make(tokenizer, n=prompts, seed=0)
     start = time.perf_counter()
     screen = hw.heads.Attribution().score(model, batch)
