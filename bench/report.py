@@ -137,9 +137,9 @@ def scan(found: dict | None, title: str) -> str:
             table(rows, "hooks_restricted"),
             f"{verdict(f'1.8 times the fastest loop ({NAMES[best]})', *passed(over['headwise'], 1.8))} "
             f"{verdict('3 times with bfloat16 rows', *passed(over['headwise_bf16'], 3))}",
-            f"Sharing the prefix by itself, with PyTorch's own products, gives {alone:.2f}. Its bound is {f['bound']:.2f}, "
-            "from "
-            f"{f['naive'] / 1e9:.0f} GFLOP a full pass, {f['shared'] / 1e9:.0f} a variant on average.",
+            f"Sharing the prefix by itself, with PyTorch's own products, gives {alone:.2f}. Its bound is "
+            f"{f['bound']:.2f}, from {f['naive'] / 1e9:.0f} GFLOP a full pass and "
+            f"{f['shared'] / 1e9:.0f} a variant on average.",
             "Largest difference of an effect on one prompt from the plain loop's, in nats: "
             + ", ".join(f"{name} {value:.0e}" for name, value in apart.items() if name != NAMES["hooks_restricted"])
             + ".",
