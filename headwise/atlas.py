@@ -71,11 +71,11 @@ class Atlas:
             )
 
     @classmethod
-    def of(cls, model: "PreTrainedModel", path: "str | Path", tokenizer: Any = None) -> "Atlas":
-        """Open the atlas of this model at `path`, or begin one.
+    def of(cls, model: "PreTrainedModel", path: "str | Path", tokenizer: Any = None, step: int = 0) -> "Atlas":
+        """Open the atlas of this model at `path`, or begin one. Other training steps of it have other weights.
 
         Raises:
-            ValueError: the folder holds the atlas of other weights.
+            ValueError: the folder holds the atlas of other weights (at step 0), or of another architecture.
         """
         from headwise.anatomy import anatomy
         from headwise.models import fingerprint, name_of
@@ -85,6 +85,8 @@ class Atlas:
         mark = fingerprint(model)
         if (path / "atlas.json").exists():
             atlas = cls(path)
+            if step != 0 and atlas.about["layers"] == anatomy(model).layers:
+                return atlas
             if atlas.about["fingerprint"] != mark:
                 raise ValueError(
                     f"{path} is the atlas of {atlas.about['model']} with weights {atlas.about['fingerprint']}, "

@@ -152,7 +152,7 @@ def prove(
     model: Model,
     unit: Annotated[str, typer.Argument(help="A head, such as L5.H1.")],
     role: Annotated[str, typer.Argument(help="What it is said to do, such as induction.")],
-    n: Count = 32,
+    n: Count = 24,
     seed: Seed = 1,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -322,6 +322,7 @@ def _check_task(model: "PreTrainedModel", tokenizer: Any, method: str, task: str
 
 def _prove(model: "PreTrainedModel", tokenizer: Any, unit: str, part: "Role", n: int, seed: int) -> "Claim":
     from headwise.anatomy import anatomy, nearest_unit
+    from headwise.mapping import task_of
     from headwise.method import load
     from headwise.verify import prove as prove_units
 
@@ -330,7 +331,10 @@ def _prove(model: "PreTrainedModel", tokenizer: Any, unit: str, part: "Role", n:
         raise ValueError(f"{unit!r} is not a head of {_name(model)}.{nearest_unit(unit, units)}")
     _check_task(model, tokenizer, f"the role {part.name}", part.task, "needed")
     seer: Any = load(f"heads.{part.score}")()
-    tasks: dict[str, Any] = {name: load(_task_card(name).name)() for name in {part.task, seer.needs} if name}
-    batches = {name: task.make(tokenizer, n, seed).to(model.device) for name, task in tasks.items()}
-    seen = seer.score(model, batches.get(seer.needs))
-    return prove_units(model, batches[part.task], part.name, [unit], seen=seen)[0]
+    held_out = task_of(part.task).make(tokenizer, n, seed).to(model.device)
+    # What nominates the head is measured on other prompts than what proves it.
+    looked = task_of(seer.needs).make(tokenizer, min(n, 8), seed + 1).to(model.device) if seer.needs else None
+    tell(f"heads.{part.score} on {seer.needs or 'the weights'} ...")
+    seen = seer.score(model, looked)
+    tell(f"{unit} and random heads of its layer on {part.task} ...")
+    return prove_units(model, held_out, part.name, [unit], seen=seen)[0]

@@ -101,20 +101,20 @@ def map_model(
     Args:
         tokenizer: the model's tokenizer, or its image processor.
         methods: names of heads-room methods; empty for all that fit the model, and the proofs.
-        step: training step under which the scores are kept.
+        step: training step under which the scores are kept; claims are made of step 0 only, the atlas's own weights.
 
     Raises:
         ValueError: an unknown method, an atlas of other weights, or a model that cannot be mapped.
     """
     job = job or Job()
     kind = kind_of(model)
-    atlas = Atlas.of(model, atlas_path, tokenizer)
+    atlas = Atlas.of(model, atlas_path, tokenizer, step)
     bench = _Bench(model, tokenizer, atlas, job, step)
     names = methods or SEEN[kind]
     bench.look(names)
     for name in _bar(names, "heads seen"):
         bench.seen(name)
-    if not methods and kind == "decoder":
+    if not methods and kind == "decoder" and step == 0:
         for task in _bar(list(dict.fromkeys(r.task for r in ROLES if r.task)), "screen"):
             bench.screen(task)
         if job.thorough:
@@ -147,10 +147,8 @@ class _Bench:
     def batch(self, task: str) -> Batch:
         """All prompts of a task."""
         if task not in self.batches:
-            n, fields = SIZES.get(task, (self.job.prompts, {}))
-            maker = load(f"data.{task}")(**fields)
-            assert isinstance(maker, Task)
-            self.batches[task] = maker.make(self.tokenizer, n=n, seed=self.job.seed)
+            n, _ = SIZES.get(task, (self.job.prompts, {}))
+            self.batches[task] = task_of(task).make(self.tokenizer, n=n, seed=self.job.seed)
         return self.batches[task]
 
     def _keep(self, method: HeadMethod, batch: Batch | None, name: str | None = None) -> Score | None:
@@ -303,6 +301,14 @@ class _Bench:
 
     def _note(self) -> None:
         self.atlas.note(skipped={**self.atlas.about.get("skipped", {}), **self.skipped})
+
+
+def task_of(name: str) -> Task:
+    """A data task as the map makes it: needles are shorter than the task's default. Raises ValueError if it is none."""
+    maker = load(f"data.{name}")(**SIZES.get(name, (0, {}))[1])
+    if not isinstance(maker, Task):
+        raise ValueError(f"data.{name} is not a task. `headwise ls data` lists the tasks.")
+    return maker
 
 
 def _method(name: str) -> HeadMethod:

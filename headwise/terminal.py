@@ -41,7 +41,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], stretch: tuple[int, ...] = ()) -> None:
-    """A table as wide as the terminal; the columns `stretch` wrap, the others do not."""
+    """A table as wide as the terminal; the columns `stretch` wrap, the others only where they would not fit."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +51,12 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], stretch: 
         table.add_column(column, overflow="fold", no_wrap=index not in stretch)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if not stretch and sum(widths) + 3 * len(widths) > console.width:
+        for column in table.columns:
+            column.no_wrap = False
+    console.print(table)
 
 
 def print_roles(atlas: "Atlas") -> None:

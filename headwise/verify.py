@@ -143,4 +143,4 @@ def prove(
     proof: Proof | None = None,
 ) -> list[Claim]:
     """Test that heads play a role, as one family of claims, verdicts included. See `Proof.run`."""
-    return settle((proof or Proof()).run(model, batch, role, candidates, seen))
+    return settle((proof or Proof()).run(model, batch, role, candidates, seen, label=role))

@@ -95,3 +95,15 @@ def test_kinds_of_models() -> None:
 def test_heads_listing_is_json(atlas: Atlas) -> None:
     listed = json.loads(json.dumps(atlas.heads()))
     assert {"unit", "role", "verdict", "scores"} <= set(listed[0])
+
+
+def test_an_earlier_checkpoint_is_a_step(planted, atlas: Atlas, tmp_path: Path) -> None:
+    """Scores of another step stand beside those of the final weights; claims are of the final weights only."""
+    earlier = Planted(noise=0.3).build(seed=1)
+    claims = [c.sentence() for c in atlas.claims()]
+    again = map_model(earlier.model, earlier.tokenizer, atlas.path, methods=("induction",), job=JOB, step=-1)
+    assert again.names(step=-1) == ["induction"]
+    assert again.score("induction", step=-1).about["fingerprint"] != atlas.about["fingerprint"]
+    assert [c.sentence() for c in again.claims()] == claims
+    with pytest.raises(ValueError, match="not of"):
+        map_model(earlier.model, earlier.tokenizer, atlas.path, methods=("induction",), job=JOB)

@@ -16,7 +16,7 @@ class Ablation(HeadMethod):
     """What the metric loses when a head is replaced by zero, by its mean, or by its value on another prompt (exact).
 
     Fields:
-        value: "zero", "mean" or "resample". Zero takes early heads off the data the model knows; say which one you used.
+        value: "zero", "mean" or "resample". Zero takes early heads off what the model knows; say which one you used.
         metric: a name of `headwise.task.METRICS`; the score is clean minus ablated, in the metric's units.
         units: the heads and sublayers to take away; empty for every head.
         share_prefix: False runs the naive twin, a full forward pass a head.

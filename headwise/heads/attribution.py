@@ -1,4 +1,5 @@
-"""AtP*: An efficient and scalable method for localizing LLM behaviour to components. Kramar, Lieberum, Shah and Nanda, 2024. arXiv:2403.00745
+"""AtP*: An efficient and scalable method for localizing LLM behaviour to components. Kramar, Lieberum, Shah and Nanda,
+2024. arXiv:2403.00745
 
 The plain first-order estimate (attribution patching): one forward and one backward pass for all heads at once.
 """
@@ -23,8 +24,8 @@ class Attribution(HeadMethod):
     """First-order estimate of what the metric loses when a head is replaced: the gradient times the change.
 
     Fields:
-        value: what takes the head's place: "resample" (its value on the corrupt prompt), "mean" (over prompts and columns)
-            or "zero".
+        value: what takes the head's place: "resample" (its value on the corrupt prompt), "mean" (over prompts and
+            columns) or "zero".
     """
 
     value: str = "resample"
@@ -64,6 +65,8 @@ class Attribution(HeadMethod):
             slopes = torch.autograd.grad(total, list(z.values()))
         found = {}
         for (layer, value), slope in zip(z.items(), slopes, strict=True):
-            new = instead.get(layer, torch.zeros_like(value) if self.value == "zero" else value.mean((0, 1), keepdim=True))
+            new = instead.get(
+                layer, torch.zeros_like(value) if self.value == "zero" else value.mean((0, 1), keepdim=True)
+            )
             found[layer] = (slope * (value - new)).sum((1, 3)).detach()
         return found
