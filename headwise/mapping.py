@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from headwise.anatomy import anatomy
 from headwise.atlas import Atlas
 from headwise.claim import ROLES, Claim, Role, settle
 from headwise.heads import Ablation, Attribution, Restore
+from headwise.matmul import fast_matmul
 from headwise.method import HeadMethod, load
 from headwise.pattern import PatternMethod, score_together
 from headwise.progress import hidden
@@ -157,8 +159,11 @@ class _Bench:
         kept = self.atlas.made(about, self.step)
         if kept is not None:
             return kept
+        # Attribution is the one method that differentiates, which fast products do not allow.
+        fast = nullcontext() if isinstance(method, Attribution) else fast_matmul(self.model)
         try:
-            score = method.score(self.model, batch)
+            with fast:
+                score = method.score(self.model, batch)
         except ValueError as reason:
             label = name or method.identity()["name"]
             log.warning("%s: %s", label, reason)
@@ -179,7 +184,8 @@ class _Bench:
             try:
                 batch = self._dev(task)
                 todo = [m for m in methods if self.atlas.made(provenance(m, self.model, batch), self.step) is None]
-                scores = score_together(todo, self.model, batch) if todo else []
+                with fast_matmul(self.model):
+                    scores = score_together(todo, self.model, batch) if todo else []
             except ValueError as reason:
                 # Each of them is tried alone next, and says why it cannot be had.
                 log.debug("%s: %s", task, reason)
@@ -327,7 +333,7 @@ def _ability(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
     """How well the model does a task: answer log-probability in nats on clean and corrupt prompts, and accuracy."""
     clean, corrupt, right = [], [], []
     for part in batch.to(model.device).chunks(8):
-        with torch.no_grad():
+        with torch.no_grad(), fast_matmul(model):
             logits = answer_logits(model, part)
             clean.append(logprob(logits, part))
             right.append(correct(logits, part))
