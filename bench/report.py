@@ -191,7 +191,8 @@ def full(found: dict | None) -> str:
     names = [n for n in rows if n in found["agreement"]]
     total = ", ".join(f"{NAMES[n].strip('*')} {rows[n]['cpu_total']:.0f}" for n in names)
     text = (
-        f"## All heads\n\n{found['heads']} of {found['of']} heads. Rank correlation of bfloat16 rows with exact: "
+        f"## All heads\n\n{found['heads']} of {found['of']} heads. bfloat16 rows: rank correlation "
+        f"with the exact effects "
         f"{rank:.4f} (goal 0.99, {'met' if rank >= 0.99 else 'missed'}); largest difference on one prompt "
         f"{exact['largest_difference']:.2f} nats. Processor seconds of the whole scan: {total}."
     )
