@@ -58,7 +58,7 @@ class Products:
 
         def run(x: Tensor) -> Tensor:
             base, out, *versions = self.runs.get(module, (None, None))
-            if self._remembering or base is None:
+            if self._remembering or base is None or out is None:
                 result = exact(x)
                 if self._remembering:
                     self.runs[module] = (x, result, _version(x), _version(result))
