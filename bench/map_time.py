@@ -4,6 +4,7 @@ python bench/map_time.py [--opens 7]
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -17,11 +18,31 @@ import race
 
 from headwise.models import default_model_path
 
-OPEN = (
-    "import time, json; a = time.perf_counter(); c = time.process_time(); from headwise.models import open_model; "
-    "b = time.perf_counter(); open_model(); "
-    "print(json.dumps([time.perf_counter() - a, time.perf_counter() - b, time.process_time() - c]))"
-)
+OPEN = """
+import json, time
+marks = [time.perf_counter()]
+def mark(): marks.append(time.perf_counter())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from headwise.models import open_model
+mark()
+open_model()
+mark()
+open_model()
+mark()
+print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))
+"""
+STAGES = ("imports", "first", "again")
+
+
+def opening(times: int) -> dict:
+    """Seconds of importing torch and transformers, of the first opening after that, and of one more; load beside it."""
+    rows = []
+    for _ in range(times):
+        done = subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+    found = {stage: round(statistics.median(row[i] for row in rows), 3) for i, stage in enumerate(STAGES)}
+    return {**found, "runs": times, "load": round(os.getloadavg()[0], 1)}
 
 
 def main() -> None:
@@ -30,13 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     default_model_path()
     found = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
-    opens = []
-    for _ in range(options.opens):
-        done = subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True, check=True)
-        opens.append([float(x) for x in done.stdout.strip().strip("[]").split(",")])
-    names = ("with_imports", "open_model_with_transformers", "cpu_with_imports")
-    found["open"] = {name: round(statistics.median(row[i] for row in opens), 3) for i, name in enumerate(names)}
-    found["open_least"] = {name: round(min(row[i] for row in opens), 3) for i, name in enumerate(names)}
+    found["open"] = opening(options.opens)
     with tempfile.TemporaryDirectory() as room:
         start, load = time.perf_counter(), [os.getloadavg()[0]]
         command = [sys.executable, "-m", "headwise", "map", "default", "--out", os.path.join(room, "atlas")]
@@ -52,7 +67,7 @@ def main() -> None:
         "cpu": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "peak_mb": round(after.ru_maxrss / 1024),
         "load": [round(x, 1) for x in (*load, os.getloadavg()[0])],
-        "said": done.stdout.strip().splitlines()[-12:],
+        "said": [line for line in done.stdout.splitlines() if " proved" in line],
     }
     race.save("map_time", found)
 
