@@ -227,11 +227,15 @@ def _hook(body: Anatomy, layer: Layer | None, site: Site, handler: Handler, sess
     """A forward hook for one site outside the attention function."""
     carried: list[Tensor] = []
 
+    def look(value: Tensor) -> Tensor | None:
+        return _as_site(value, site, layer, lambda v: handler(v, session.place(site, v.shape[time_axis(site)])))
+
+    # Not by calling itself: a closure that holds itself keeps every captured value until the garbage is collected.
     def see(value: Tensor) -> Tensor | None:
         if value.ndim == 2 and layer is not None and layer.flat:
-            new = see(value.unflatten(0, (session.rows, -1)))
+            new = look(value.unflatten(0, (session.rows, -1)))
             return None if new is None else new.flatten(0, 1)
-        return _as_site(value, site, layer, lambda v: handler(v, session.place(site, v.shape[time_axis(site)])))
+        return look(value)
 
     def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
