@@ -1,6 +1,6 @@
 """Wall time and peak memory of `headwise map` on the default model from nothing, and the time that opening it takes.
 
-python bench/map_time.py [--opens 7]
+python bench/map_time.py [--opens 7] [--only-open]
 """
 
 import argparse
@@ -42,14 +42,25 @@ def opening(times: int) -> dict:
         done = subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout))
     found = {stage: round(statistics.median(row[i] for row in rows), 3) for i, stage in enumerate(STAGES)}
-    return {**found, "runs": times, "load": round(os.getloadavg()[0], 1)}
+    when = time.strftime("%Y-%m-%d %H:%M")
+    return {**found, "runs": times, "load": round(os.getloadavg()[0], 1), "when": when}
+
+
+def keep_opening(times: int) -> None:
+    """Measure only the opening, and leave what is kept of the map, with its date and circumstances, as it is."""
+    kept = json.loads((race.RESULTS / "map_time.json").read_text())
+    race.save("map_time", kept | {"open": opening(times), "when": kept["when"]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--opens", type=int, default=7)
+    parser.add_argument("--only-open", action="store_true", help="keep the last figures of the map")
     options = parser.parse_args()
     default_model_path()
+    if options.only_open:
+        keep_opening(options.opens)
+        return
     found = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
     found["open"] = opening(options.opens)
     with tempfile.TemporaryDirectory() as room:

@@ -216,7 +216,8 @@ def mapping(found: dict | None) -> str:
             f"{verdict('at most 4 GiB', m['peak_mb'] / 1024, m['peak_mb'] <= 4096)}",
             f"Opening the default model in a process that has imported torch and transformers ({o['imports']:.2f} s): "
             f"{o['first']:.2f} s the first time, as transformers imports more of itself, {o['again']:.2f} s after "
-            f"(medians of {o['runs']}, load {o['load']}). {verdict('at most 1.5 s', o['first'], o['first'] <= 1.5)}",
+            f"(medians of {o['runs']}, load {o['load']}, {o['when']}). "
+            f"{verdict('at most 1.5 s', o['first'], o['first'] <= 1.5)}",
             circumstances(found),
         ]
     )

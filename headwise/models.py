@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import gc
 import hashlib
 import json
 import logging
@@ -46,12 +47,14 @@ def open_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"Device {device!r} cannot be used: {first_line(error)} 'cpu' always can.") from error
-    with _sentences(str(name)), quiet():
-        if not Path(source).is_dir():
-            _check_reachable(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = auto_class(config).from_pretrained(source, config=config, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), _companion(source, config)
+    with _collector_paused():
+        with _sentences(str(name)), quiet():
+            if not Path(source).is_dir():
+                _check_reachable(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = auto_class(config).from_pretrained(source, config=config, dtype=getattr(torch, dtype))
+        companion = _companion(source, config)
+    return model.to(device).eval(), companion
 
 
 def name_of(model: "PreTrainedModel") -> str:
@@ -136,6 +139,18 @@ def _companion(source: str, config: "PreTrainedConfig") -> Any:
             raise ValueError(f"{source} has a {what} that cannot be opened: {first_line(error)}") from error
         log.warning("%s has no %s that opens: %s", source, what, first_line(error))
         return None
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage: the first opening imports a thousand modules, and searching takes a third of it."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 @contextlib.contextmanager

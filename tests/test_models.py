@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import os
 import re
@@ -161,6 +162,20 @@ def test_the_default_model_opens_fast(default):
     start = time.process_time()  # other work on the machine does not count
     open_model("default")
     assert time.process_time() - start < 1.5
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_collector_of_garbage_is_left_as_it_was(running, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "m")
+    (gc.enable if running else gc.disable)()
+    try:
+        open_model(tmp_path / "m")
+        with pytest.raises(ValueError, match="cannot be opened"):
+            (tmp_path / "m" / "config.json").write_text('{"model_type": "no such type"}')
+            open_model(tmp_path / "m")
+        assert gc.isenabled() == running
+    finally:
+        gc.enable()
 
 
 def test_a_fingerprint_is_quick_and_the_same_after_saving(default, tmp_path):
