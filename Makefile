@@ -93,6 +93,7 @@ bench: $(VENV)/.dev model
 	@$(BIN)/python bench/ablation_scan.py sample
 	@$(BIN)/python bench/ablation_scan.py sample --job scan_all
 	@$(BIN)/python bench/ablation_scan.py full
+	@$(BIN)/python bench/screen.py
 	@$(BIN)/python bench/map_time.py
 	@$(BIN)/python bench/report.py
 

@@ -1,6 +1,7 @@
 """Writes docs/bench.md from bench/results/*.json: python bench/report.py. No number in that page is typed by hand."""
 
 import json
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,7 @@ def main() -> None:
         scan(with_own_race(load("ablation_scan_last_sample"), load("ablation_scan_last_bf16")), LAST),
         scan(load("ablation_scan_all_sample"), "Exact ablation scan, answers in all columns"),
         full(load("ablation_scan_last_full")),
+        screening(load("screen")),
         mapping(load("map_time")),
         NOTES.strip(),
     ]
@@ -200,6 +202,34 @@ def full(found: dict | None) -> str:
         apart = found["agreement"]["headwise"]["largest_difference"]
         text += f" Largest difference of headwise from the plain loop: {apart:.0e} nats."
     return text + "\n\n" + circumstances(found)
+
+
+def screening(found: dict | None) -> str:
+    """The gradient screen beside the exact effects."""
+    if found is None:
+        return ""
+    rows = found["rows"]
+    lines = [
+        "| task | rank correlation | linear correlation | of the ten strongest, found | screen, s | exact, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['task']} | {r['spearman']:.2f} | {r['pearson']:.2f} | {r['top10_found']} | {r['screen_s']:.1f} "
+        f"| {r['exact_s']:.0f} |"
+        for r in rows
+    ]
+    ranks, lines_up = ([r[key] for r in rows] for key in ("spearman", "pearson"))
+    cost = statistics.median(r["exact_s"] / r["screen_s"] for r in rows)
+    text = (
+        f"All {rows[0]['heads']} heads, {rows[0]['prompts']} prompts a task, each head replaced by its value on the "
+        "corrupt prompt: once exactly, once as the gradient foretells. "
+        f"The screen puts the heads in nearly the right order (rank correlation {min(ranks):.2f} to {max(ranks):.2f}) "
+        f"and costs {cost:.0f} times less (median). Its sizes are another matter: the linear correlation lies between "
+        f"{min(lines_up):.2f} and {max(lines_up):.2f}, so the slope misjudges how large some effects are. "
+        "So it may say which heads are tested first, and never how much one matters."
+    )
+    about = f"{found['date']}; torch {found['torch']}; `python bench/screen.py`."
+    return "\n\n".join(["## The gradient screen beside the exact effects", text, "\n".join(lines), about])
 
 
 def mapping(found: dict | None) -> str:
