@@ -22,6 +22,8 @@ class Batch:
         at: [B, P] columns whose logits predict the answer (0 where a model has one output per prompt).
         answer: [B, P] token (or class) ids that are right.
         foil: [B, P] ids that a model without the skill would rather say, or None.
+        weight: [B, P] 1 where the answer has a token, 0 where a shorter answer is over; None where all count.
+        against: the same prompts with the foil as their answer, where answers or foils are several tokens, or None.
         corrupt: the same inputs, minimally changed so that the answer is lost, or None.
         spans: named column ranges [B, 2], start and end (exclusive).
         texts: one readable prompt a row.
@@ -33,6 +35,8 @@ class Batch:
     answer: Tensor
     foil: Tensor | None = None
     corrupt: dict[str, Tensor] | None = None
+    weight: Tensor | None = None
+    against: "Batch | None" = None
     spans: dict[str, Tensor] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +68,8 @@ class Batch:
             at=pick(self.at),
             answer=pick(self.answer),
             foil=None if self.foil is None else pick(self.foil),
+            weight=None if self.weight is None else pick(self.weight),
+            against=None if self.against is None else self.against.take(rows),
             spans={k: pick(v) for k, v in self.spans.items()},
             texts=[self.texts[i] for i in order] if self.texts else [],
         )
@@ -88,7 +94,8 @@ class Batch:
             raise ValueError(
                 f"{self.about.get('task', 'This task')} has no corrupt prompts; restore and resample need them."
             )
-        return replace(self, inputs=self.corrupt, corrupt=self.inputs)
+        against = None if self.against is None else self.against.flipped()
+        return replace(self, inputs=self.corrupt, corrupt=self.inputs, against=against)
 
     def to(self, device: "torch.device | str") -> "Batch":
         """The batch on another device."""
@@ -104,6 +111,8 @@ class Batch:
             at=self.at.to(device),
             answer=self.answer.to(device),
             foil=None if self.foil is None else self.foil.to(device),
+            weight=None if self.weight is None else self.weight.to(device),
+            against=None if self.against is None else self.against.to(device),
         )
 
 
@@ -149,9 +158,21 @@ def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
+def _mean(values: Tensor, batch: Batch) -> Tensor:
+    if batch.weight is None:
+        return values.mean(-1)
+    return (values * batch.weight).sum(-1) / batch.weight.sum(-1)
+
+
 def logprob(logits: Tensor, batch: Batch) -> Tensor:
     """Log-probability of the answer in nats, mean over the answer's positions. logits [B, P, V] -> [B]."""
-    return _chosen(logits.float().log_softmax(-1), batch.answer).mean(-1)
+    return _mean(_chosen(logits.float().log_softmax(-1), batch.answer), batch)
+
+
+def sequence_logprob(logits: Tensor, batch: Batch) -> Tensor:
+    """Log-probability of the whole answer in nats, the sum over its positions. logits [B, P, V] -> [B]."""
+    values = _chosen(logits.float().log_softmax(-1), batch.answer)
+    return (values if batch.weight is None else values * batch.weight).sum(-1)
 
 
 def logit_diff(logits: Tensor, batch: Batch) -> Tensor:
@@ -160,22 +181,28 @@ def logit_diff(logits: Tensor, batch: Batch) -> Tensor:
         raise ValueError(
             f"{batch.about.get('task', 'This task')} has no foil, so logit_diff has no meaning; use logprob."
         )
-    return (_chosen(logits.float(), batch.answer) - _chosen(logits.float(), batch.foil)).mean(-1)
+    return _mean(_chosen(logits.float(), batch.answer) - _chosen(logits.float(), batch.foil), batch)
 
 
 def prob(logits: Tensor, batch: Batch) -> Tensor:
     """Probability of the answer. logits [B, P, V] -> [B]."""
-    return _chosen(logits.float().softmax(-1), batch.answer).mean(-1)
+    return _mean(_chosen(logits.float().softmax(-1), batch.answer), batch)
 
 
 def correct(logits: Tensor, batch: Batch) -> Tensor:
     """Share of positions at which the answer has the largest logit (or, with a foil, a larger one than the foil)."""
     if batch.foil is None:
-        return (logits.argmax(-1) == batch.answer).float().mean(-1)
-    return (_chosen(logits, batch.answer) > _chosen(logits, batch.foil)).float().mean(-1)
+        return _mean((logits.argmax(-1) == batch.answer).float(), batch)
+    return _mean((_chosen(logits, batch.answer) > _chosen(logits, batch.foil)).float(), batch)
 
 
-METRICS: dict[str, Metric] = {"logprob": logprob, "logit_diff": logit_diff, "prob": prob, "correct": correct}
+METRICS: dict[str, Metric] = {
+    "logprob": logprob,
+    "sequence_logprob": sequence_logprob,
+    "logit_diff": logit_diff,
+    "prob": prob,
+    "correct": correct,
+}
 
 
 def answer_logits(model: "PreTrainedModel", batch: Batch, inputs: dict[str, Tensor] | None = None) -> Tensor:
@@ -196,6 +223,41 @@ def answer_logits(model: "PreTrainedModel", batch: Batch, inputs: dict[str, Tens
     if logits.ndim == 2:
         return logits.unsqueeze(1)
     return logits[torch.arange(len(logits), device=logits.device).unsqueeze(1), index]
+
+
+def solved(model: "PreTrainedModel", batch: Batch, top: bool = False, rows: int = 32) -> Batch:
+    """The prompts that the model gets right; `about["solved"]` says how many of how many.
+
+    Right is: the answer beats the foil. Answers and foils of several tokens are compared by the log-probability of the
+    whole. Without a foil, every token of the answer must be the top one.
+
+    Args:
+        model: who is asked.
+        batch: prompts of any task.
+        top: the answer must be the top token as well as beat the foil.
+        rows: prompts run at a time.
+
+    Raises:
+        ValueError: the model gets none of the prompts right.
+    """
+    right: list[Tensor] = []
+    with torch.no_grad():
+        for part in batch.chunks(rows):
+            logits = answer_logits(model, part)
+            good = correct(logits, part) == 1
+            if part.against is not None:
+                rival = sequence_logprob(answer_logits(model, part.against), part.against)
+                good = sequence_logprob(logits, part) > rival
+            if top:
+                good &= correct(logits, replace(part, foil=None)) == 1
+            right.append(good)
+    kept = torch.cat(right).nonzero().flatten()
+    if not len(kept):
+        raise ValueError(
+            f"The model gets none of the {len(batch)} prompts of {batch.about.get('task', 'this task')} right, "
+            "so there is nothing to explain; use more prompts, or a larger model."
+        )
+    return replace(batch.take(kept.to(batch.at.device)), about=batch.about | {"solved": f"{len(kept)} of {len(batch)}"})
 
 
 def _takes(model: "PreTrainedModel", argument: str) -> bool:
