@@ -22,6 +22,14 @@ from headwise.site import KINDS, Site, head_axis, time_axis
 from headwise.tap import Tap
 
 Source = Tap | Tensor
+REPLACEMENTS = ("zero", "mean", "resample")
+
+
+def replacement(name: str) -> str:
+    """The name again, if it says what can take a head's place. Raises ValueError with the known names."""
+    if name not in REPLACEMENTS:
+        raise ValueError(f"{name!r} cannot take a head's place: zero, mean or resample.")
+    return name
 
 
 @dataclass(frozen=True, eq=False)

@@ -205,6 +205,13 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def metric(name: str) -> Metric:
+    """A metric by its name in `METRICS`. Raises ValueError with the known names."""
+    if name not in METRICS:
+        raise ValueError(f"{name!r} is not a metric: {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
 def answer_logits(model: "PreTrainedModel", batch: Batch, inputs: dict[str, Tensor] | None = None) -> Tensor:
     """Run the model once and keep only the logits that predict answers.
 

@@ -13,7 +13,10 @@ from headwise.method import Method
 from headwise.scan import Effects, effects
 from headwise.score import Score, provenance
 from headwise.site import Unit
-from headwise.task import METRICS, Batch
+from headwise.task import Batch, metric
+
+# Random heads that a candidate is compared with, in a map and in a single proof alike.
+NULLS = 12
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Proof(Method):
     """
 
     metric: str = "logprob"
-    nulls: int = 20
+    nulls: int = NULLS
     needed: str = "resample"
     seed: int = 0
 
@@ -54,8 +57,7 @@ class Proof(Method):
             ValueError: a candidate is no head of this model, the batch has no corrupt prompts, or the model cannot do
                 the task.
         """
-        if self.metric not in METRICS:
-            raise ValueError(f"{self.metric!r} is not a metric: {', '.join(METRICS)}.")
+        measure = metric(self.metric)
         batch.flipped()
         known = anatomy(model).units()
         for unit in candidates:
@@ -63,9 +65,7 @@ class Proof(Method):
                 raise ValueError(f"{unit!r} is not a head of this model.{nearest_unit(unit, known)}")
         nulls = self.draw(model, candidates, spare)
         found = {
-            step: effects(
-                model, batch, [*candidates, *nulls], how, METRICS[self.metric], label=label and f"{label}: {step}"
-            )
+            step: effects(model, batch, [*candidates, *nulls], how, measure, label=label and f"{label}: {step}")
             for step, how in (("needed", self.needed), ("enough", "restore"))
         }
         self._check_task(found["needed"], batch)

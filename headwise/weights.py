@@ -66,6 +66,7 @@ class _Place:
     layer: Layer
     maps: dict[str, Tensor | None] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
+    doors: dict[str, tuple[nn.Module, Tensor]] = field(default_factory=dict)
     before: Norm | None = None
     after: Norm | None = None
 
@@ -120,6 +121,15 @@ class Weights:
         if bias is None:
             return None
         return bias[head if side == "q" else self.body.group(layer, head, self.stack)]
+
+    def door(self, side: str, layer: int) -> tuple[nn.Module, Tensor]:
+        """The module that makes q, k or v, and the columns [H or KV heads, d] of its output."""
+        self._part(side, layer, 0)
+        return self._places[layer].doors[side]
+
+    def pre_norm(self, layer: int) -> Norm | None:
+        """The norm whose output q, k and v are made of, None where there is none."""
+        return self._places[layer].before
 
     def o(self, layer: int, head: int) -> Tensor:
         """[d, D] from the head's z to the residual stream; the heads' results add up to the attention output."""
@@ -255,7 +265,7 @@ def _fill(place: _Place, calls: list, norms: list, value: Tensor | None) -> None
     inside = {module: (x, y) for module, x, y in calls if any(module is m for m in place.layer.attention.modules())}
     maps = [m for m in inside if _is_map(m) and m is not place.layer.out]
     for side in ("q", "k", "v"):
-        place.maps[side], place.biases[side] = _separate(place.layer, side, maps)
+        place.maps[side], place.biases[side] = _separate(place, side, maps)
     if place.maps["v"] is None and value is not None:
         _fused(place, maps, inside, value)
     entry = next((inside[m][0] for m in maps), None)
@@ -273,8 +283,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and (a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape))
 
 
-def _separate(layer: Layer, side: str, maps: list[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
+def _separate(place: _Place, side: str, maps: list[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
     """The weights [D, H, d] and bias [H, d] of a projection of its own, found by its name and size."""
+    layer = place.layer
     heads = layer.heads if side == "q" else layer.kv_heads
     width = layer.value_dim if side == "v" else layer.head_dim
     names = {id(m): n.split(".")[-1] for n, m in layer.attention.named_modules()}
@@ -282,13 +293,14 @@ def _separate(layer: Layer, side: str, maps: list[nn.Module]) -> tuple[Tensor | 
         if names.get(id(module)) not in NAMES[side]:
             continue
         matrix, bias = _matrix(module), _bias(module)
-        extra = matrix.shape[1] / (heads * width)
+        extra, columns = matrix.shape[1] / (heads * width), torch.arange(matrix.shape[1])
         if extra == 2 and side == "q":
             # Gated attention: each head's query is followed by its gate.
-            matrix = matrix.unflatten(1, (heads, 2, width))[:, :, 0].flatten(1)
-            bias = None if bias is None else bias.view(heads, 2, width)[:, 0].flatten()
+            columns = columns.view(heads, 2, width)[:, 0].flatten()
+            matrix, bias = matrix[:, columns], None if bias is None else bias[columns]
         elif extra != 1:
             return None, None
+        place.doors[side] = module, columns.view(heads, width)
         return matrix.unflatten(1, (heads, width)), None if bias is None else bias.view(heads, width)
     return None, None
 
@@ -318,6 +330,7 @@ def _fused(place: _Place, maps: list[nn.Module], inside: dict, value: Tensor) ->
                 for side, index in zip("qkv", cut, strict=True):
                     place.maps[side] = matrix[:, index].unflatten(1, (-1, width))
                     place.biases[side] = None if bias is None else bias[index].view(-1, width)
+                    place.doors[side] = module, index.view(-1, width)
                 return
 
 
@@ -377,3 +390,10 @@ def composition(weights: Weights, side: str) -> dict[int, Tensor]:
             # Only the row space's geometry matters: R of the QR of A keeps every norm and is d x d.
             writers.append(torch.linalg.qr(written.A).R @ written.B / max(written.norm(), 1e-30))
     return found
+
+
+def strongest_composition(weights: Weights, side: str) -> dict[int, Tensor]:
+    """{layer: [H]} the largest composition of each head with one earlier head; NaN where nothing lies before."""
+    pairs = composition(weights, side)
+    nothing = {n: torch.full((weights.heads(n),), float("nan")) for n in weights.layers if n not in pairs}
+    return nothing | {n: row.amax(-1) for n, row in pairs.items()}

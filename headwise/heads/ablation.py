@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from headwise.do import replacement
 from headwise.method import HeadMethod
 from headwise.scan import effects
 from headwise.score import Score
-from headwise.task import METRICS, Batch
+from headwise.task import Batch, metric
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,12 @@ class Ablation(HeadMethod):
 
     def score(self, model: PreTrainedModel, batch: Batch) -> Score:
         """One effect per unit. Raises ValueError on an unknown value, metric or unit."""
-        if self.metric not in METRICS:
-            raise ValueError(f"{self.metric!r} is not a metric: {', '.join(METRICS)}.")
-        if self.value not in ("zero", "mean", "resample"):
-            raise ValueError(f"{self.value!r} cannot take a head's place: zero, mean or resample.")
         found = effects(
             model,
             batch,
             list(self.units) or None,
-            self.value,
-            METRICS[self.metric],
+            replacement(self.value),
+            metric(self.metric),
             share_prefix=self.share_prefix,
             variants=self.variants,
             dtype=self.dtype,

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.anatomy import anatomy
+from headwise.do import replacement
 from headwise.method import HeadMethod
 from headwise.score import Score
 from headwise.site import Site
 from headwise.tap import Place, listen, tap
-from headwise.task import METRICS, Batch, answer_logits
+from headwise.task import Batch, Metric, answer_logits, metric
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,14 @@ class Attribution(HeadMethod):
 
     def score(self, model: PreTrainedModel, batch: Batch) -> Score:
         """One estimate per head of the main stack. Raises ValueError for resample without corrupt prompts."""
-        if self.metric not in METRICS:
-            raise ValueError(f"{self.metric!r} is not a metric: {', '.join(METRICS)}.")
-        if self.value not in ("zero", "mean", "resample"):
-            raise ValueError(f"{self.value!r} cannot take a head's place: zero, mean or resample.")
-        if self.value == "resample":
+        measure = metric(self.metric)
+        if replacement(self.value) == "resample":
             batch.flipped()
-        parts = [self._estimate(model, part.to(model.device)) for part in batch.chunks(self.prompts)]
+        parts = [self._estimate(model, part.to(model.device), measure) for part in batch.chunks(self.prompts)]
         values = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
         return Score.of_heads(self, model, batch, values, name=f"attribution_{self.value}")
 
-    def _estimate(self, model: PreTrainedModel, batch: Batch) -> dict[int, Tensor]:
+    def _estimate(self, model: PreTrainedModel, batch: Batch, measure: Metric) -> dict[int, Tensor]:
         instead: dict[int, Tensor] = {}
         if self.value == "resample":
             with torch.no_grad(), tap(model, "z") as other:
@@ -60,7 +58,7 @@ class Attribution(HeadMethod):
             return value.detach().requires_grad_()
 
         with torch.enable_grad(), listen(model, [(Site(first, "resid_pre"), root)]), tap(model, "z", grad=True) as t:
-            total = METRICS[self.metric](answer_logits(model, batch), batch).sum()
+            total = measure(answer_logits(model, batch), batch).sum()
             z = t.by_layer("z")
             slopes = torch.autograd.grad(total, list(z.values()))
         found = {}

@@ -7,7 +7,7 @@ import torch
 
 from headwise.method import HeadMethod
 from headwise.score import Score
-from headwise.weights import Weights, composition
+from headwise.weights import Weights, strongest_composition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +29,4 @@ class KComposition(HeadMethod):
         Raises:
             ValueError: the model does not offer its weights.
         """
-        weights = Weights(model)
-        pairs = composition(weights, "k")
-        nothing = {n: torch.full((weights.heads(n),), float("nan")) for n in weights.layers if n not in pairs}
-        values = {n: row.amax(-1) for n, row in pairs.items()}
-        return Score.of_heads(self, model, batch, nothing | values)
+        return Score.of_heads(self, model, batch, strongest_composition(Weights(model), "k"))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headwise.method import HeadMethod
 from headwise.scan import effects
 from headwise.score import Score
-from headwise.task import METRICS, Batch
+from headwise.task import Batch, metric
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Restore(HeadMethod):
 
     def score(self, model: PreTrainedModel, batch: Batch) -> Score:
         """One effect per unit. Raises ValueError on an unknown metric or unit, or a batch without corrupt prompts."""
-        if self.metric not in METRICS:
-            raise ValueError(f"{self.metric!r} is not a metric: {', '.join(METRICS)}.")
         found = effects(
             model,
             batch,
             list(self.units) or None,
             "restore",
-            METRICS[self.metric],
+            metric(self.metric),
             share_prefix=self.share_prefix,
             variants=self.variants,
             label="restore",
