@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "heads")
+_ROOMS = ("data", "heads", "cache", "attention")
 _NAMES = {
     "Add": "do",
     "Atlas": "atlas",

@@ -28,6 +28,22 @@ OPEN, FAST = "headwise_open_", "headwise_fast_"
 IN_ATTENTION = ("q", "k", "v", "scores", "pattern", "z")
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The call of a layer's attention function that gave a z.
+
+    Attributes:
+        mask: what it was given: [B or 1, 1 or H, Tq, Tk], boolean or additive, None where it is causal by itself.
+        length, width: Tq and Tk.
+        again: from another mask to the z [B, Tq, H, dv] that the same queries, keys and values give under it.
+    """
+
+    mask: Any
+    length: int
+    width: int
+    again: Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and when a value passes by.
@@ -36,13 +52,15 @@ class Place:
         site: the concrete site, with its layer.
         offset: column of the whole sequence at which axis T of the value starts (above 0 with a past in a KV cache).
         prompt: number of columns of the first forward pass; negative positions count from its end.
-        keys: for scores and pattern, the column at which the key axis starts (above 0 in a sliding cache).
+        keys: for scores, pattern and z, the column at which the key axis starts (above 0 in a sliding cache).
+        call: for z inside attention, the call that gave it.
     """
 
     site: Site
     offset: int
     prompt: int
     keys: int = 0
+    call: Call | None = field(default=None, compare=False, repr=False)
 
     def columns(self, positions: "list[int] | None", length: int) -> list[int] | None:
         """Positions of the whole sequence as indices into this value's axis T of the given length; None = all."""
@@ -79,11 +97,13 @@ class _Session:
         prompt = self.prompt or self.offset + length
         return Place(site, first, prompt) if site.kind in ("k", "v") else Place(site, self.offset, prompt, first)
 
-    def run(self, module: nn.Module, kind: str, value: Tensor, length: int, width: int) -> Tensor:
+    def run(
+        self, module: nn.Module, kind: str, value: Tensor, length: int, width: int, call: Call | None = None
+    ) -> Tensor:
         """Pass a value by every handler of this module and kind, in the order in which they were entered."""
         for site, handler in self.listeners.get(module, ()):
             if site.kind == kind:
-                new = handler(value, self.place(site, length, width))
+                new = handler(value, replace(self.place(site, length, width), call=call))
                 value = value if new is None else new
         return value
 
@@ -113,7 +133,7 @@ def _attend(
     key = session.run(module, "k", key, **at)
     value = session.run(module, "v", value, **at)
     if original == "eager":
-        fused = _own_eager(module)
+        fused = own_eager(module)
     else:
         # Under an open mask only SDPA is known to do as the model's own implementation would.
         fused = ALL_ATTENTION_FUNCTIONS[original] if not session.explicit or original == "sdpa" else None
@@ -122,10 +142,17 @@ def _attend(
         z, pattern = attend_openly(module, query, key, value, attention_mask, see, options)
     else:
         z, pattern = fused(module, query, key, value, attention_mask, **options)
-    return session.run(module, "z", z, **at), pattern
+
+    def again(mask: Tensor) -> Tensor:
+        # Implementations that take no mask of this form are left for attention in the open.
+        if fused is None or original not in ("sdpa", "eager"):
+            return attend_openly(module, query, key, value, mask, lambda _, same: same, options)[0]
+        return fused(module, query, key, value, mask, **options)[0]
+
+    return session.run(module, "z", z, **at, call=Call(attention_mask, **at, again=again)), pattern
 
 
-def _own_eager(module: nn.Module) -> Callable | None:
+def own_eager(module: nn.Module) -> Callable | None:
     """The eager attention function that stands in the type's own file, None where there are none or several."""
     file = vars(sys.modules[type(module).__module__])
     found = [value for name, value in file.items() if name.endswith("eager_attention_forward")]

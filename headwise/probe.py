@@ -90,9 +90,8 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return inputs
 
 
-@contextmanager
-def implementation(model: PreTrainedModel, rename: Callable[[str], str]) -> Iterator[None]:
-    """Every config of the model names another attention implementation inside the block, and its old one after."""
+def enter(model: PreTrainedModel, rename: Callable[[str], str]) -> Callable[[], None]:
+    """Let every config of the model name another attention implementation; the result gives the old names back."""
     configs: list = []
 
     def collect(config: object) -> None:
@@ -104,14 +103,29 @@ def implementation(model: PreTrainedModel, rename: Callable[[str], str]) -> Iter
     for module in model.modules():
         collect(getattr(module, "config", None))
     before = [config._attn_implementation for config in configs]
-    try:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = rename(old or "eager")
-        yield
-    finally:
+
+    def leave() -> None:
         # Setting a config also sets the configs inside it, which stand after it here and get their own name back.
         for config, old in zip(configs, before, strict=True):
             config._attn_implementation = old
+
+    try:
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation = rename(old or "eager")
+    except BaseException:
+        leave()
+        raise
+    return leave
+
+
+@contextmanager
+def implementation(model: PreTrainedModel, rename: Callable[[str], str]) -> Iterator[None]:
+    """Every config of the model names another attention implementation inside the block, and its old one after."""
+    leave = enter(model, rename)
+    try:
+        yield
+    finally:
+        leave()
 
 
 @contextmanager

@@ -1,0 +1,339 @@
+"""A key-value cache whose KV heads are each kept in their own way.
+
+A layer takes the new keys and values of a forward pass, and lets its stores read and keep them once attention runs
+(headwise/attach.py leads it there). It reports its logical length, so that masks and positions are the model's own.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from headwise.anatomy import anatomy, nearest_unit
+from headwise.method import Method
+from headwise.rotary import Rotate, rotation
+from headwise.store import Full, Store, Turn
+
+# The layer whose update came last in this thread, until its attention takes it.
+handed = threading.local()
+
+
+@dataclass(frozen=True)
+class CacheMethod(Method):
+    """Base of the cache room: which keys and values exist."""
+
+    def store(self, reserve: int = 0) -> Store:
+        """What some KV heads of one layer remember; `reserve` is the final length where it is known, else 0."""
+        raise TypeError(f"{type(self).__name__} does not say what it stores.")
+
+    def build(self, model: PreTrainedModel, heads: "list[str] | None" = None, reserve: int = 0) -> "KVCache":
+        """A cache for `past_key_values`: this method for the given KV heads ("L5.G0"; None is all), the rest full.
+
+        The model's attention must be entered first (headwise/attach.py): `caching(model)` or `attach(model, ...)`.
+        """
+        return KVCache(model, dict.fromkeys(kv_units(model) if heads is None else heads, self), reserve)
+
+
+@dataclass
+class _Masks:
+    """What the mask of a forward pass says, found once for all layers."""
+
+    mask: Tensor | None = None
+    read: "tuple[Tensor | None, Tensor | None]" = (None, None)
+
+    def of(self, mask: Tensor | None, past: int, length: int, rows: int) -> "tuple[Tensor | None, Tensor | None]":
+        """(left padding of each row or None, the whole mask or None where causal order and padding say it all)."""
+        if mask is None:
+            return None, None
+        if mask is not self.mask:
+            self.mask, self.read = mask, _read_mask(mask, past, length, rows)
+        return self.read
+
+
+def _read_mask(mask: Tensor, past: int, length: int, rows: int) -> "tuple[Tensor | None, Tensor | None]":
+    if mask.ndim == 2:
+        columns = torch.arange(past + length, device=mask.device)
+        mask = mask.bool()[:, None, None, :] & (columns <= columns[past:, None])
+    elif mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    mask = mask[..., : past + length]
+    last = mask[:, 0, -1]
+    # A row in which the last token sees nothing is padding as far as it goes.
+    pads = torch.where(last.any(-1), last.int().argmax(-1), past + length)
+    turn = Turn(past, pads)
+    columns = torch.arange(past + length, device=mask.device)
+    expected = turn.seen(columns[past:], columns)
+    # Rows of padding may see anything or nothing; nobody reads what comes of them.
+    real = (columns[past:] >= pads[:, None])[:, None, :, None]
+    if bool(((mask[:, :1] == expected) | ~real).all()) and mask.shape[1] == 1:
+        return (pads.expand(rows) if bool(pads.any()) else None), None
+    return None, mask
+
+
+@dataclass
+class _Part:
+    """The KV heads of one layer that are treated alike."""
+
+    method: CacheMethod
+    kv: Tensor
+    heads: Tensor
+    store: Store
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer of a `KVCache`: stores for its KV heads, and how many tokens it has seen."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, number: int, methods: list[CacheMethod], masks: _Masks, rotate: Callable[[], Rotate | None]):
+        super().__init__()
+        self.number = number
+        self.methods = methods
+        self.tokens = 0
+        self.reserve = 0
+        self.record_past = False
+        self.parts: list[_Part] = []
+        self._masks, self._rotate = masks, rotate
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the stores, now that shapes are known. key_states [B, H, Q, d]."""
+        if key_states.shape[1] != len(self.methods):
+            raise ValueError(
+                f"Layer {self.number} has {key_states.shape[1]} KV heads; the cache was made for {len(self.methods)}."
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _make_parts(self, groups: int, device: torch.device) -> None:
+        for method in dict.fromkeys(self.methods):
+            kv = torch.tensor([i for i, one in enumerate(self.methods) if one == method], device=device)
+            heads = (kv[:, None] * groups + torch.arange(groups, device=device)).flatten()
+            store = method.store(self.reserve)
+            if self.record_past:
+                store.record()
+            self.parts.append(_Part(method, kv, heads, store))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values [B, H, Q, d] until this layer's attention runs; they come back as they are."""
+        if self._new is not None:
+            self._new = None
+            raise RuntimeError(
+                f"Layer {self.number} of this cache was written twice without being read: the model's attention does "
+                "not go through it. Use headwise.attach(model, ...), or caching(model) around the calls."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = (key_states, value_states)
+        handed.layer = weakref.ref(self)
+        return key_states, value_states
+
+    def holds(self, key: Tensor) -> bool:
+        """Whether these are the keys that this layer waits to have read."""
+        return self._new is not None and self._new[0] is key
+
+    def attend(self, module: nn.Module, q: Tensor, mask: Tensor | None, scale: float | None, options: dict) -> Tensor:
+        """What attention gives, z [B, Q, Hq, dv], for the tokens that came last by `update`. q [B, Hq, Q, d]."""
+        if self._new is None:
+            raise RuntimeError(f"Layer {self.number} of this cache has nothing new to read.")
+        k, v = self._new
+        self._new = None
+        batch, heads, length, _ = q.shape
+        if not self.parts:
+            self._make_parts(heads // k.shape[1], q.device)
+        pads, rest = self._masks.of(mask, self.tokens, length, batch)
+        said = {name: options[name] for name in ("softcap", "s_aux") if options.get(name) is not None}
+        turn = Turn(self.tokens, pads, rest, scale, said or None, module, self._rotate)
+        self.tokens += length
+        if len(self.parts) == 1:
+            return self.parts[0].store.attend(q, k, v, turn).transpose(1, 2).contiguous()
+        z = q.new_empty(batch, length, heads, v.shape[-1])
+        for part in self.parts:
+            mine = [one.index_select(1, index) for one, index in ((q, part.heads), (k, part.kv), (v, part.kv))]
+            z[:, :, part.heads] = part.store.attend(*mine, turn.of_heads(part.heads)).transpose(1, 2)
+        return z
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns of the mask, the first one's number): always the logical length."""
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, dropped ones included."""
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """From now on turns can be taken back by `crop`."""
+        self.record_past = True
+        for part in self.parts:
+            part.store.record()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens; 0 commits what was recorded.
+
+        Raises:
+            ValueError: a positive number, or more than was recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative one.")
+        tokens = min(-tokens_to_remove, self.tokens)
+        for part in self.parts:
+            part.store.crop(tokens)
+        self.tokens -= tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        for part in self.parts:
+            part.store.pick(indices.to(part.kv.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        for part in self.parts:
+            first = next(part.store.tensors(), None)
+            if first is not None:
+                part.store.pick(torch.arange(first.shape[0], device=part.kv.device).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        self.tokens, self._new = 0, None
+        for part in self.parts:
+            part.store.clear()
+
+    def offload(self) -> None:
+        """Nothing to do: a store decides by itself where its tensors live."""
+
+    def prefetch(self) -> None:
+        """Nothing to do."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is held for this layer's tokens."""
+        for part in self.parts:
+            yield from part.store.tensors()
+        yield from self._new or ()
+
+
+class KVCache(Cache):
+    """A transformers `Cache` whose full-attention layers keep each KV head in its own way.
+
+    Sliding, linear and other layers are those of the model's own `DynamicCache`.
+
+    Args:
+        treatments: {"L5.G0": cache method}; KV heads that are not named keep everything.
+        reserve: final length where it is known, so that buffers never grow; 0 where it is not.
+
+    Raises:
+        ValueError: a KV head that the model does not have in a full-attention layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, treatments: Mapping[str, CacheMethod], reserve: int = 0) -> None:
+        units = kv_units(model)
+        for unit in treatments:
+            if unit not in units:
+                raise ValueError(
+                    f"{unit} is no KV head whose cache can be chosen in this {model.config.model_type}; "
+                    f"there are {len(units)}, {units[0]} to {units[-1]}.{nearest_unit(unit, units)}"
+                )
+        masks, found = _Masks(), _Lazy(weakref.ref(model))
+        layers: list = list(_own_layers(model))
+        for number, count in _full_layers(model).items():
+            methods = [treatments.get(f"L{number}.G{i}", _EVERYTHING) for i in range(count)]
+            layers[number] = KVLayer(number, methods, masks, found)
+            layers[number].reserve = reserve
+        super().__init__(layers=layers)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the cache keeps alive, sliding and linear layers included."""
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                yield from layer.tensors()
+            else:
+                yield from _tensors_in(vars(layer).values())
+
+    def bytes(self) -> int:
+        """Bytes of the memory behind the tensors, each piece counted once; buffers with their reserve."""
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in self.tensors()}
+        return sum(storages.values())
+
+
+@dataclass
+class _Lazy:
+    """The rotation of a model, found when it is first asked for."""
+
+    model: "weakref.ref[PreTrainedModel]"
+    found: "list[Rotate | None]" = field(default_factory=list)
+
+    def __call__(self) -> Rotate | None:
+        model = self.model()
+        if not self.found and model is not None:
+            self.found.append(rotation(model))
+        return self.found[0] if self.found else None
+
+
+@dataclass(frozen=True)
+class _Everything(CacheMethod):
+    """What KV heads that nothing is said of keep: all."""
+
+    def store(self, reserve: int = 0) -> Store:
+        return Full(reserve)
+
+
+_EVERYTHING = _Everything()
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors_in(value.values())
+
+
+def _own_layers(model: PreTrainedModel) -> list:
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{model.config.model_type} is an encoder-decoder; headwise caches are for decoder-only models."
+        )
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+
+
+def _full_layers(model: PreTrainedModel) -> dict[int, int]:
+    """{layer: KV heads} of the layers whose cache holds every token."""
+    body = anatomy(model)
+    own = _own_layers(model)
+    return {
+        number: body.kv_heads(number)
+        for number in body.layers
+        if number < len(own) and type(own[number]) is DynamicLayer and body.layer(number).interface
+    }
+
+
+def kv_units(model: PreTrainedModel) -> list[str]:
+    """The KV heads whose cache can be chosen, as "L5.G0": those of full-attention layers.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    units = [f"L{number}.G{i}" for number, count in _full_layers(model).items() for i in range(count)]
+    if not units:
+        raise ValueError(
+            f"This {model.config.model_type} has no full-attention layer that calls transformers' attention interface, "
+            "so headwise has no cache for it."
+        )
+    return units

@@ -1,0 +1,307 @@
+"""What a set of KV heads of one layer remembers, and how its queries read it.
+
+A cache method makes a `Store`; headwise/kv_cache.py puts stores behind transformers' cache and attention doors. A store
+is given the new queries, keys and values of a forward pass, hands back z, and keeps what its method keeps. So what was
+dropped is gone: no tensor holds it.
+
+Axes: B rows, H KV heads of this store, G query heads to a KV head, Q new tokens, K keys, d and dv channels.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from headwise.attend import attend_openly
+from headwise.rotary import Rotate
+
+GROWTH = 1.25
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One forward pass, as the attention of one layer sees it.
+
+    Attributes:
+        past: tokens that the layer had seen before; the new ones stand in columns past to past + Q - 1.
+        pads: [B] columns of left padding in each row, or None where there is none.
+        mask: [B or 1, 1, Q, past + Q] boolean, only where the mask is more than causal with left padding.
+        scale: what q.k is multiplied by.
+        options: softcap, and the sinks of the query heads where the model has learned ones.
+        module: the attention module that runs.
+        rotation: gives f(x [B, H, T, d], by [T]) that moves rotated keys or queries, None without RoPE.
+    """
+
+    past: int
+    pads: Tensor | None = None
+    mask: Tensor | None = None
+    scale: float | None = None
+    options: dict[str, Any] | None = None
+    module: nn.Module | None = None
+    rotation: "Callable[[], Rotate | None] | None" = None
+
+    def of_heads(self, heads: Tensor) -> "Turn":
+        """The turn for some of the query heads."""
+        options = self.options or {}
+        if options.get("s_aux") is None:
+            return self
+        return replace(self, options={**options, "s_aux": options["s_aux"][heads]})
+
+    def columns(self, length: int, device: torch.device) -> Tensor:
+        """[Q] the columns of the new tokens."""
+        return torch.arange(self.past, self.past + length, device=device)
+
+    def seen(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Who sees whom by order and padding, [B or 1, 1, Q, K]; queries [Q] and keys [K] or [B, 1, 1, K] are columns.
+
+        A key in a negative column does not exist. A padded query sees itself, so that no row of the softmax is empty.
+        """
+        keys = keys if keys.ndim == 4 else keys[None, None, None]
+        rows = queries[None, None, :, None]
+        seen = (keys <= rows) & (keys >= 0)
+        if self.pads is not None:
+            seen = (seen & (keys >= self.pads[:, None, None, None])) | (keys == rows)
+        return seen
+
+    def plain(self, method: str) -> None:
+        """Raises ValueError where the mask is one that a method which drops keys cannot follow."""
+        if self.mask is not None:
+            raise ValueError(
+                f"{method} follows causal masks with padding on the left; this mask hides other keys too. "
+                "Pad on the left, or use cache.preallocated."
+            )
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, turn: Turn, *, causal: bool = False) -> Tensor:
+    """Attention of q [B, H*G, Q, d] over k [B, H, K, d] and v [B, H, K, dv] -> z [B, H*G, Q, dv].
+
+    Args:
+        seen: [B or 1, 1 or H, Q, K] boolean, or additive as a float, or None where every query sees every key.
+        causal: query i sees keys 0 to i; needs Q = K and no `seen`.
+    """
+    if turn.options:
+        return _openly(q, k, v, seen, turn, causal)
+    batch, heads, length, size = q.shape
+    groups = heads // k.shape[1]
+    if causal:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=turn.scale, enable_gqa=groups > 1)
+    if groups > 1 and length <= size:
+        # The query heads of one KV head stand below each other, so that keys and values are read once.
+        q = q.reshape(batch, -1, groups * length, size)
+        seen = None if seen is None else seen.repeat(1, 1, groups, 1)
+    elif groups > 1:
+        k, v = (one.repeat_interleave(groups, 1) for one in (k, v))
+        seen = seen.repeat_interleave(groups, 1) if seen is not None and seen.shape[1] > 1 else seen
+    z = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=turn.scale)
+    return z.reshape(batch, heads, length, -1)
+
+
+def _openly(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, turn: Turn, causal: bool) -> Tensor:
+    if causal:
+        columns = torch.arange(q.shape[2], device=q.device)
+        seen = (columns <= columns[:, None])[None, None]
+    if seen is not None and seen.shape[1] > 1:
+        seen = seen.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    options = {**(turn.options or {}), "scaling": turn.scale, "is_causal": False}
+    z, _ = attend_openly(turn.module or nn.Identity(), q, k, v, seen, lambda _, value: value, options)
+    return z.transpose(1, 2)
+
+
+class Buffer:
+    """Keys and values [B, H, length, d], written in place into memory that is reserved ahead and grows by a quarter.
+
+    Attributes:
+        length: tokens it holds.
+        reserve: tokens to make room for at first, where the final length is known; 0 where it is not.
+    """
+
+    def __init__(self, reserve: int = 0) -> None:
+        self.reserve = reserve
+        self.length = 0
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    @property
+    def k(self) -> Tensor:
+        """[B, H, length, d], a view."""
+        return self._room("_k")[:, :, : self.length]
+
+    @property
+    def v(self) -> Tensor:
+        """[B, H, length, dv], a view."""
+        return self._room("_v")[:, :, : self.length]
+
+    def _room(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value is None:
+            raise RuntimeError("Nothing has been written to this buffer yet.")
+        return value
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Write k [B, H, Q, d] and v [B, H, Q, dv] behind what is there."""
+        end = self.length + k.shape[2]
+        room = 0 if self._k is None else self._k.shape[2]
+        if end > room:
+            size = max(end, self.reserve) if self._k is None else max(end, int(room * GROWTH) + 1)
+            # One after the other, so that at most one of the old tensors is held twice.
+            self._k = self._grown(self._k, k, size)
+            self._v = self._grown(self._v, v, size)
+        self._room("_k")[:, :, self.length : end] = k
+        self._room("_v")[:, :, self.length : end] = v
+        self.length = end
+
+    def _grown(self, old: Tensor | None, like: Tensor, size: int) -> Tensor:
+        new = like.new_empty(like.shape[0], like.shape[1], size, like.shape[3])
+        if old is not None:
+            new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens."""
+        self.length = max(0, self.length - tokens)
+
+    def pick(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may come twice."""
+        if self._k is not None:
+            self._k, self._v = (self._room(name).index_select(0, rows) for name in ("_k", "_v"))
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.length, self._k, self._v = 0, None, None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that are held."""
+        yield from (one for one in (self._k, self._v) if one is not None)
+
+
+class Store(ABC):
+    """What some KV heads of one layer remember.
+
+    A subclass writes `read`, and `remember` for the part of a turn that stays when the rest is taken back. Tensors that
+    it keeps have the rows as their first axis and are attributes, or stand in a `Buffer`; then reordering, rolling back
+    and counting bytes need no further code. A method that drops nothing may write `crop` itself and set `undoes` False.
+    """
+
+    undoes = True
+
+    def __init__(self) -> None:
+        self.recording = False
+        self._past: list[tuple[dict, Tensor, Tensor, Turn]] = []
+
+    @abstractmethod
+    def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        """What attention gives for new tokens, which are remembered too.
+
+        q [B, H*G, Q, d], k [B, H, Q, d], v [B, H, Q, dv] -> z [B, H*G, Q, dv].
+        """
+
+    def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
+        """Take in new tokens without reading them; used when part of a turn is taken back."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take back part of a turn.")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        """`read`, with what is needed to take the turn back where recording is on."""
+        if self.recording and self.undoes:
+            self._past.append((self._state(), k, v, turn))
+        return self.read(q, k, v, turn)
+
+    def record(self) -> None:
+        """From now on turns can be taken back."""
+        self.recording = True
+
+    def crop(self, tokens: int) -> None:
+        """Take the last tokens back; 0 says that the recorded turns stay.
+
+        Raises:
+            ValueError: more tokens than the recorded turns held.
+        """
+        while tokens > 0:
+            if not self._past:
+                raise ValueError(
+                    f"{tokens} more tokens were to be taken back than this cache has recorded. "
+                    "Call cache.activate_past_recording() before the turns that may be taken back."
+                )
+            state, k, v, turn = self._past.pop()
+            self._restore(state)
+            kept = max(0, k.shape[2] - tokens)
+            tokens -= k.shape[2] - kept
+            if kept:
+                self.remember(k[:, :, :kept], v[:, :, :kept], turn)
+        self._past.clear()
+
+    def pick(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order (beam search)."""
+        self._past.clear()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.index_select(0, rows))
+            elif isinstance(value, Buffer):
+                value.pick(rows)
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._past.clear()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, None)
+            elif isinstance(value, Buffer):
+                value.clear()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that are held, those for taking back included."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, Buffer):
+                yield from value.tensors()
+        for state, k, v, _ in self._past:
+            yield from (k, v)
+            yield from (one for one in state.values() if isinstance(one, Tensor))
+
+    def _state(self) -> dict:
+        kept = {name: value for name, value in vars(self).items() if name not in ("_past", "recording")}
+        return {
+            name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in kept.items()
+        }
+
+    def _restore(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Full(Store):
+    """Every key and value, in one buffer written in place."""
+
+    undoes = False
+
+    def __init__(self, reserve: int = 0) -> None:
+        super().__init__()
+        self.kept = Buffer(reserve)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        """Plain causal attention over all tokens so far."""
+        length = k.shape[2]
+        self.kept.append(k, v)
+        if turn.mask is None and turn.pads is None:
+            if length == 1:
+                return mix(q, self.kept.k, self.kept.v, None, turn)
+            if length == self.kept.length:
+                return mix(q, k, v, None, turn, causal=True)
+        seen = turn.mask
+        if seen is None:
+            keys = torch.arange(self.kept.length, device=q.device)
+            seen = turn.seen(turn.columns(length, q.device), keys)
+        return mix(q, self.kept.k, self.kept.v, seen, turn)
+
+    def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
+        """Write them behind what is there."""
+        self.kept.append(k, v)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens; any number can be taken back."""
+        self.kept.crop(tokens)
