@@ -122,8 +122,8 @@ class Atlas:
             raise ValueError(f"{file} cannot be read as an atlas: {problem}") from problem
 
     def note(self, **facts: Any) -> None:
-        """Add facts to atlas.json, such as how well the model does each task."""
-        about = self.about | facts
+        """Add facts to atlas.json, such as how well the model does each task; None takes a fact away."""
+        about = {key: fact for key, fact in (self.about | facts).items() if fact is not None}
         write_aside(
             self.path / "atlas.json", lambda p: p.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         )
@@ -183,10 +183,15 @@ class Atlas:
 
     # Claims
 
-    def add_claims(self, claims: list[Claim]) -> None:
-        """Keep claims; a claim on the same unit and role is replaced. Verdicts are stored as they were settled."""
+    def add_claims(self, claims: list[Claim], only_of: "set[str] | frozenset[str]" = frozenset()) -> None:
+        """Keep claims; a claim on the same unit and role is replaced. Verdicts are stored as they were settled.
+
+        Args:
+            only_of: roles of which nothing but `claims` is to remain.
+        """
         fresh = {(c.unit, c.role) for c in claims}
-        kept = [c for c in self.claims() if (c.unit, c.role) not in fresh] + list(claims)
+        before = [c for c in self.claims() if (c.unit, c.role) not in fresh and c.role not in only_of]
+        kept = before + list(claims)
         rows = [row for claim in kept for row in claim.rows()]
         abouts = {f"{c.unit}|{c.role}": c.about for c in kept}
         table = pl.DataFrame(rows, schema=_CLAIMS)

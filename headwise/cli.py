@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise import __version__
+from headwise.progress import hidden
 from headwise.terminal import (
     INTERRUPTED,
     claim_entry,
@@ -58,6 +59,11 @@ def about(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str, typer.Argument(help="'default', a hub id, a model folder, or a .gguf file.")]
 Count = Annotated[int, typer.Option(help="How many prompts.", min=2)]
+PROMPTS_HELP = (
+    "How many prompts of each task; claims are proved on half of them. "
+    "[default: 64 for induction, 24 needles, 8 repeated sequences, else 40; 32 with methods]"
+)
+FOLDER_HELP = "Folder of the atlas. [default: atlas/<model>, atlas/<organisation>--<model> for a hub id]"
 Seed = Annotated[int, typer.Option(help="Seed of the prompts.")]
 Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
@@ -105,9 +111,9 @@ def map_command(
     model: Model = "default",
     methods: Annotated[list[str] | None, typer.Argument(help="Only these scores, without claims.")] = None,
     task: Annotated[str | None, typer.Option(help="Data task for these scores; by default what each wants.")] = None,
-    n: Annotated[int | None, typer.Option(help="How many prompts of each task.", min=4)] = None,
+    n: Annotated[int | None, typer.Option(help=PROMPTS_HELP, min=4)] = None,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder of the atlas. [default: atlas/<model>]")] = None,
+    out: Annotated[Path | None, typer.Option(help=FOLDER_HELP)] = None,
     thorough: Annotated[bool, typer.Option("--thorough", help="Scan every head on every task.")] = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -129,7 +135,7 @@ def map_command(
             _task_card(task)
         tell(f"Opening {model} ...")
         opened, tokenizer = _open(model, dtype, device)
-        folder = out or Path("atlas") / _name(opened)
+        folder = out or Path("atlas") / _folder(model, opened)
         if cards:
             atlas, scores = _score(opened, tokenizer, folder, [card.name for card in cards], task, n or 32, seed)
             if not as_json:
@@ -228,7 +234,7 @@ def replicate(
 
 def main() -> None:
     """Run the command line; every expected failure is one sentence on stderr and a number other than 0."""
-    if os.environ.get("HEADWISE_PROGRESS") == "0":
+    if hidden():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
@@ -253,6 +259,12 @@ def _name(model: "PreTrainedModel") -> str:
     from headwise.models import name_of
 
     return name_of(model)
+
+
+def _folder(opened_as: str, model: "PreTrainedModel") -> str:
+    from headwise.models import folder_of
+
+    return folder_of(opened_as, model)
 
 
 def _map(model: "PreTrainedModel", tokenizer: Any, folder: Path, thorough: bool, n: int | None, seed: int) -> "Atlas":
@@ -285,9 +297,13 @@ def _score(
     n: int,
     seed: int,
 ) -> "tuple[Atlas, list[Score]]":
-    """Scores of the chosen methods, each on its own task unless one is named, kept in the atlas as they come."""
+    """Scores of the chosen methods, each on its own task unless one is named, kept in the atlas as they come.
+
+    What the atlas has of the same method, prompts and weights is not measured again.
+    """
     from headwise.atlas import Atlas
     from headwise.method import load
+    from headwise.score import provenance
 
     atlas = Atlas.of(model, folder, tokenizer)
     scores = []
@@ -299,9 +315,12 @@ def _score(
             _check_task(model, tokenizer, name, wanted, method.evidence)
             maker: Any = load(_task_card(wanted).name)()
             batch = maker.make(tokenizer, n, seed).to(model.device)
-        tell(f"{name} on {wanted or 'the weights'} ...")
-        scores.append(method.score(model, batch))
-        atlas.add(scores[-1])
+        score = atlas.made(provenance(method, model, batch))
+        if score is None:
+            tell(f"{name} on {wanted or 'the weights'} ...")
+            score = method.score(model, batch)
+            atlas.add(score)
+        scores.append(score)
     return atlas, scores
 
 

@@ -25,7 +25,7 @@ from headwise.score import Score, provenance
 from headwise.stats import spearman
 from headwise.tap import tap
 from headwise.task import Batch, Task, answer_logits, correct, logprob
-from headwise.verify import Proof
+from headwise.verify import NULLS, Proof
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ SEEN = {
                 "entropy"),
     "vision": ("distance_profile", "entropy"),
 }  # fmt: skip
+# How many prompts of a task where nobody says; the first half screens and nominates, the second half proves.
+PROMPTS = 40
 # Tasks whose prompts are not of the usual number or size: needles are shorter than the task's default, so that proofs
 # on them take seconds. The model must answer clean prompts this much better (nats) for anything to be provable.
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -56,15 +58,16 @@ class Job:
     """How a model is mapped.
 
     Fields:
-        prompts: prompts of each proof task; the first half screens and nominates, the second half proves.
+        prompts: prompts of each task; the first half screens and nominates, the second half proves. None for the number
+            that suits each task: 64 for induction, 24 needles, 8 repeated sequences (all of them to look at), else 40.
         candidates: at most so many heads are tested for one role; nulls: random heads they are compared with.
         thorough: measure the exact effect of every head on every task, not only of nominated ones and of the null.
         seed: of all prompts and draws.
     """
 
-    prompts: int = 40
+    prompts: int | None = None
     candidates: int = 6
-    nulls: int = 12
+    nulls: int = NULLS
     thorough: bool = False
     seed: int = 0
 
@@ -112,6 +115,8 @@ def map_model(
     kind = kind_of(model)
     atlas = Atlas.of(model, atlas_path, tokenizer, step)
     bench = _Bench(model, tokenizer, atlas, job, step)
+    if not methods and step == 0:
+        atlas.note(skipped=None)
     names = methods or SEEN[kind]
     bench.look(names)
     for name in _bar(names, "heads seen"):
@@ -145,11 +150,12 @@ class _Bench:
         self.batches: dict[str, Batch] = {}
         self.able: dict[str, dict[str, float]] = {}
         self.skipped: dict[str, str] = {}
+        self.scores: dict[str, Score] = {}
 
     def batch(self, task: str) -> Batch:
         """All prompts of a task."""
         if task not in self.batches:
-            n, _ = SIZES.get(task, (self.job.prompts, {}))
+            n = self.job.prompts or SIZES.get(task, (PROMPTS, {}))[0]
             self.batches[task] = task_of(task).make(self.tokenizer, n=n, seed=self.job.seed)
         return self.batches[task]
 
@@ -158,6 +164,7 @@ class _Bench:
         about = provenance(method, self.model, batch)
         kept = self.atlas.made(about, self.step)
         if kept is not None:
+            self.scores[name or kept.name] = kept
             return kept
         # Attribution is the one method that differentiates, which fast products do not allow.
         fast = nullcontext() if isinstance(method, Attribution) else fast_matmul(self.model)
@@ -170,7 +177,7 @@ class _Bench:
             self.skipped[label] = str(reason)
             self._note()
             return None
-        score = replace(score, step=self.step, name=name or score.name)
+        score = self.scores[name or score.name] = replace(score, step=self.step, name=name or score.name)
         self.atlas.add(score)
         return score
 
@@ -234,7 +241,7 @@ class _Bench:
         """Exact effects of every head on one task's held-out prompts, and how well the cheap screen had ranked them."""
         held_out = self.batch(task).split()[1]
         exact = self._keep(Ablation(value="resample"), held_out, f"ablation_resample_on_{task}")
-        screen = self.atlas.score(f"attribution_on_{task}", self.step)
+        screen = self.scores[f"attribution_on_{task}"]
         assert exact is not None  # a task in `able` has corrupt prompts, and every unit exists
         agreement = round(spearman(screen.table["value"].to_numpy(), exact.table["value"].to_numpy()), 4)
         told = self.atlas.about["tasks"]
@@ -244,29 +251,28 @@ class _Bench:
 
     def nominate(self, role: Role) -> list[str]:
         """Heads whose score reaches the role's threshold, the ones that the gradient screen points at first."""
-        if role.score not in self.atlas.names(self.step):
-            return []
-        score = self.atlas.score(role.score, self.step)
+        score = self.scores[role.score]
         table = score.table.filter(score.table["value"] >= role.threshold)
         units = table["unit"].to_list()
-        screen = f"attribution_on_{role.task}"
-        if len(units) > self.job.candidates and screen in self.atlas.names(self.step):
-            weight = dict(self.atlas.score(screen, self.step).table.select("unit", "value").iter_rows())
+        screen = self.scores.get(f"attribution_on_{role.task}")
+        if len(units) > self.job.candidates and screen is not None:
+            weight = dict(screen.table.select("unit", "value").iter_rows())
             units.sort(key=lambda u: weight.get(u, 0.0), reverse=True)
         return units
 
     def prove_all(self) -> None:
         """Prove every role whose task the model can do, then settle all claims together."""
         proof = Proof(nulls=self.job.nulls, seed=self.job.seed)
-        open_roles = [r for r in ROLES if r.score in self.atlas.names(self.step)]
+        open_roles = [r for r in ROLES if r.score in self.scores]
         claims: list[Claim] = []
         for name in _bar([r.name for r in open_roles], "proofs"):
             claims += self._prove(next(r for r in open_roles if r.name == name), proof)
-        self.atlas.add_claims(settle(claims))
+        # What an earlier run claimed of these roles and this one does not is stale.
+        self.atlas.add_claims(settle(claims), only_of={r.name for r in ROLES})
 
     def _prove(self, role: Role, proof: Proof) -> list[Claim]:
         nominated = self.nominate(role)
-        seen = self.atlas.score(role.score, self.step)
+        seen = self.scores[role.score]
         tested = nominated[: self.job.candidates] if role.task in self.able else []
         untested = [u for u in nominated if u not in tested]
         claims = [Claim(u, role.name, rungs=[proof.seen(seen, u)], about=seen.about) for u in untested]
@@ -275,17 +281,19 @@ class _Bench:
         held_out = self.batch(role.task).split()[1]
         wanted = provenance(proof, self.model, held_out)
         before = {c.unit: c for c in self.atlas.claims(role=role.name)}
-        if all(u in before and _same(before[u].about, wanted) for u in tested):
-            return claims + [before[u] for u in tested]
         try:
+            wanted["nulls"] = proof.draw(self.model, tested, set(nominated))
+            if all(u in before and _same(before[u].about, wanted) for u in tested):
+                return claims + [before[u] for u in tested]
             fresh = proof.run(self.model, held_out, role.name, tested, seen, set(nominated), label=role.name)
         except ValueError as reason:
             log.warning("%s: %s", role.name, reason)
             self.skipped[role.name] = str(reason)
             self._note()
             return claims
-        # Kept at once, so that an interrupted run loses one role at most; settled with the rest at the end.
-        self.atlas.add_claims(settle(fresh))
+        # Kept at once, so that an interrupted run loses one role at most, and unknown until the last role is done: the
+        # correction over the whole map may take back what one role by itself would show.
+        self.atlas.add_claims(fresh)
         return claims + fresh
 
     def patterns(self) -> None:
@@ -325,7 +333,7 @@ def _method(name: str) -> HeadMethod:
 
 
 def _same(about: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    keys = ("method", "task", "fingerprint", "dtype")
+    keys = ("method", "task", "fingerprint", "dtype", "nulls")
     return json.dumps([about.get(k) for k in keys], default=str) == json.dumps([wanted[k] for k in keys], default=str)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_HUB_ID = r"(?:[\w][\w.-]*/)?[\w][\w.-]*"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -64,6 +65,13 @@ def name_of(model: "PreTrainedModel") -> str:
     return name or str(getattr(model.config, "model_type", "") or type(model).__name__.lower())
 
 
+def folder_of(opened_as: str, model: "PreTrainedModel") -> str:
+    """The folder of a model's atlas: its short name, after its organisation where it was opened by a hub id."""
+    if opened_as.count("/") == 1 and re.fullmatch(_HUB_ID, opened_as) and not Path(opened_as).exists():
+        return opened_as.replace("/", "--")
+    return name_of(model)
+
+
 def fingerprint(model: "PreTrainedModel") -> str:
     """16 hex digits that stand for the weights: names and shapes of all parameters, and 257 spread-out values of each.
 
@@ -98,7 +106,7 @@ def _source(name: str) -> str:
         raise ValueError(f"{name} cannot be read: permission denied. {ALLOWED}") from error
     if path.suffix == ".gguf" or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no file or folder {name}. {ALLOWED}{_nearest(path.name, _beside(path))}")
-    if not re.fullmatch(r"(?:[\w][\w.-]*/)?[\w][\w.-]*", name):
+    if not re.fullmatch(_HUB_ID, name):
         raise ValueError(f"{name!r} is neither a path that exists nor a hub id. {ALLOWED}")
     return name
 

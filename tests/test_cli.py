@@ -240,6 +240,25 @@ def test_map_with_methods(capsys, decoder, tmp_path):
     assert {"entropy", "sink", "previous_token"} <= set(found["units"][0]["scores"])
 
 
+def test_methods_go_on_from_what_is_there(capsys, decoder, tmp_path, monkeypatch):
+    from headwise.heads import Entropy
+
+    words = ("map", decoder, "heads.entropy", "--n", "4", "--out", tmp_path / "a")
+    first = run(capsys, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(Entropy, "score", None)
+        assert run(capsys, *words).out == first.out
+    assert run(capsys, *words, "--seed", "1").out != first.out
+
+
+def test_two_models_of_one_name_have_folders_of_their_own():
+    from headwise.models import folder_of
+
+    model = type("Model", (), {"config": type("Config", (), {"_name_or_path": "some-lab/tiny", "model_type": "x"})})
+    assert folder_of("some-lab/tiny", model) == "some-lab--tiny"
+    assert folder_of("default", model) == folder_of("./some-lab/tiny", model) == folder_of("a/b/c", model) == "tiny"
+
+
 def test_methods_that_read_patterns_work_on_an_encoder(capsys, encoder, tmp_path):
     result = run(capsys, "map", encoder, "heads.entropy", "--n", "4", "--out", tmp_path / "a", "--json")
     assert result.code == 0, result.err
@@ -410,9 +429,10 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stdout.split() == ["[", "0"]
 
 
-def test_no_bars_and_no_chatter_when_asked(decoder, tmp_path):
+@pytest.mark.parametrize("progress", ["0", "1"])
+def test_no_bars_and_no_chatter_where_nobody_watches(decoder, tmp_path, progress):
     command = [sys.executable, "-m", "headwise", "map", str(decoder), "heads.entropy", "--n", "4", "--json"]
-    env = {**os.environ, "HEADWISE_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "HEADWISE_PROGRESS": progress, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--out", str(tmp_path / "a")], env=env, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     json.loads(done.stdout)

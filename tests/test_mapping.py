@@ -1,17 +1,21 @@
 """The main job, end to end, on a planted model: the map names the planted heads and nothing else."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 from families import FAMILIES
 
 from headwise import mapping
 from headwise.atlas import Atlas
+from headwise.claim import Claim
 from headwise.data import Planted
 from headwise.mapping import Job, kind_of, map_model
 
-JOB = Job(prompts=24, candidates=4, nulls=8)
+JOB = Job(prompts=32, candidates=4, nulls=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,12 @@ def test_what_was_not_done_says_why(atlas: Atlas) -> None:
 def test_claims_belong_to_held_out_prompts(atlas: Atlas) -> None:
     for claim in atlas.claims(role="induction"):
         if claim.rung("needed"):
-            assert claim.about["task"]["rows"] == 32
+            assert claim.about["task"]["rows"] == 16
+
+
+def test_the_number_of_prompts_holds_for_every_task(atlas: Atlas) -> None:
+    assert {name: task["n"] for name, task in atlas.about["tasks"].items()} == dict.fromkeys(atlas.about["tasks"], 32)
+    assert atlas.score("sink").about["task"]["n"] == 32
 
 
 def test_a_second_run_measures_nothing_again(planted, atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +73,49 @@ def test_an_interrupted_run_goes_on(planted, tmp_path: Path, monkeypatch: pytest
     assert not list((tmp_path / "a").rglob("*.part"))
     whole = map_model(planted.model, planted.tokenizer, tmp_path / "a", job=JOB)
     assert whole.claims()
+
+
+def test_between_two_proofs_nothing_is_called_proved(planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One role alone might show what the correction over the whole map takes back."""
+    run, done = mapping.Proof.run, []
+
+    def two(self: object, *args: object, **options: object) -> list:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(args[2])
+        return run(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapping.Proof, "run", two)
+        with pytest.raises(KeyboardInterrupt):
+            map_model(planted.model, planted.tokenizer, tmp_path / "a", job=JOB)
+    half = Atlas(tmp_path / "a").claims()
+    assert {c.role for c in half} == set(done) and {c.verdict for c in half} == {"unknown"}
+    whole = map_model(planted.model, planted.tokenizer, tmp_path / "a", job=JOB)
+    assert {c.role for c in whole.claims() if c.verdict == "proved"} >= set(done)
+
+
+def test_claims_that_a_later_run_does_not_make_are_dropped(planted, atlas: Atlas, tmp_path: Path) -> None:
+    copy = Atlas(shutil.copytree(atlas.path, tmp_path / "a"))
+    copy.add_claims([Claim("L0.H0", "induction", "proved", copy.claims()[0].rungs)])
+    mine = Claim("L0.H1", "my own", "proved", copy.claims()[0].rungs)
+    copy.add_claims([mine])
+    copy.note(skipped={"needle": "a reason of old"})
+    again = map_model(planted.model, planted.tokenizer, copy.path, job=JOB)
+    assert not again.claims(role="induction", unit="L0.H0") and again.claims(unit="L0.H1", role="my own")
+    assert len(again.claims()) == len(atlas.claims()) + 1
+    assert again.about["skipped"] == atlas.about["skipped"]
+
+
+def test_a_score_on_other_prompts_has_no_say(planted, atlas: Atlas, tmp_path: Path) -> None:
+    """A newer score of the same name, made by hand, nominates nobody."""
+    copy = Atlas(shutil.copytree(atlas.path, tmp_path / "a"))
+    score = copy.score("induction")
+    table = score.table.with_columns(value=pl.lit(1.0))
+    copy.add(replace(score, table=table, about=score.about | {"task": {"task": "of my own"}}))
+    assert copy.score("induction").table["value"].min() == 1
+    again = map_model(planted.model, planted.tokenizer, copy.path, job=JOB)
+    assert sorted(c.sentence() for c in again.claims()) == sorted(c.sentence() for c in atlas.claims())
 
 
 def test_one_method_only(planted, tmp_path: Path) -> None:
