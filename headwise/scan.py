@@ -171,7 +171,7 @@ def _scan_chunk(
         with tap(model, *whole) as t:
             other = metric(answer_logits(model, chunk, chunk.corrupt), chunk)
         source = {site: t[site] for site in whole}
-    with tap(model, *starts, *whole) as t, _noting_tuples(body) as tuples, products.remember():
+    with tap(model, *starts, *whole) as t, noting_tuples(body) as tuples, products.remember():
         logits = answer_logits(model, chunk)
     base = metric(logits, chunk)
     prefix = {site: t[site] for site in starts}
@@ -251,13 +251,13 @@ class _Runner:
                 return cached.repeat(copies, 1, 1).to(value.dtype)
 
             started.insert(0, (Site(layer, "resid_pre"), start))
-        with _skipping(self.body, layer if self.prefix else None, self.tuples), listen(self.model, started):
+        with skipping(self.body, layer if self.prefix else None, self.tuples), listen(self.model, started):
             values = self.metric(answer_logits(self.model, batch, inputs), batch)
         return list(values.cpu().split(len(self.chunk)))
 
 
 @contextmanager
-def _noting_tuples(body: Anatomy) -> Iterator[set[int]]:
+def noting_tuples(body: Anatomy) -> Iterator[set[int]]:
     """Numbers of the blocks whose forward returns a tuple rather than a tensor, noted while the model runs."""
     found: set[int] = set()
 
@@ -273,7 +273,7 @@ def _noting_tuples(body: Anatomy) -> Iterator[set[int]]:
 
 
 @contextmanager
-def _skipping(body: Anatomy, layer: int | None, tuples: set[int]) -> Iterator[None]:
+def skipping(body: Anatomy, layer: int | None, tuples: set[int]) -> Iterator[None]:
     """Blocks of the main stack below `layer` hand their input on; afterwards they are what they were."""
     blocks = {n: b for n, b in body.blocks[""].items() if layer is not None and n < layer}
     before: dict[int, object] = {n: b.__dict__.get("forward") for n, b in blocks.items()}
