@@ -74,6 +74,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 if TYPE_CHECKING:
+    from headwise import attention as attention
     from headwise import data as data
     from headwise import heads as heads
     from headwise.atlas import Atlas as Atlas
