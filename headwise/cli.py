@@ -302,6 +302,7 @@ def _score(
     What the atlas has of the same method, prompts and weights is not measured again.
     """
     from headwise.atlas import Atlas
+    from headwise.mapping import PICTURES, fit_pictures
     from headwise.method import load
     from headwise.score import provenance
 
@@ -312,9 +313,11 @@ def _score(
         wanted = task or method.needs
         batch = None
         if wanted:
-            _check_task(model, tokenizer, name, wanted, method.evidence)
-            maker: Any = load(_task_card(wanted).name)()
+            card = _task_card(PICTURES if task is None and model.main_input_name == "pixel_values" else wanted)
+            _check_task(model, tokenizer, name, card.name.split(".")[1], method.evidence)
+            maker: Any = load(card.name)()
             batch = maker.make(tokenizer, n, seed).to(model.device)
+            batch = fit_pictures(batch, model) if card.name == f"data.{PICTURES}" else batch
         score = atlas.made(provenance(method, model, batch))
         if score is None:
             tell(f"{name} on {wanted or 'the weights'} ...")
@@ -328,11 +331,21 @@ def _check_task(model: "PreTrainedModel", tokenizer: Any, method: str, task: str
     """Refuse prompts that this model cannot read or answer.
 
     Raises:
-        ValueError: there is no tokenizer, or an encoder is asked to continue text.
+        ValueError: there is no tokenizer, an encoder is asked to continue text, or pictures have too many classes.
     """
+    from headwise.mapping import PICTURES
+
+    exact = evidence in ("needed", "enough", "mediated")
+    if model.main_input_name == "pixel_values" and task == PICTURES:
+        if exact and model.config.num_labels < 10:
+            raise ValueError(
+                f"{_name(model)} tells {model.config.num_labels} classes apart and the pictures of {task} have ten, so "
+                f"{method}, which measures the answer, has none here. Methods that read patterns work."
+            )
+        return
     if not hasattr(tokenizer, "encode"):
         raise ValueError(f"{_name(model)} has no tokenizer, so the prompts of {task} cannot be made for it.")
-    if evidence in ("needed", "enough", "mediated") and not model.can_generate():
+    if exact and not model.can_generate():
         raise ValueError(
             f"{_name(model)} is an encoder ({type(model).__name__}) and does not continue text, so {method} on {task}, "
             "which measures the next token, has no answer here. Methods that read patterns work, such as heads.entropy."

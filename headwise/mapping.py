@@ -51,6 +51,8 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {
     "needle": (24, {"length": 160}),
 }
 LEAST_GAP = 0.5
+# What vision models are shown, by every detector that other models would read text with.
+PICTURES = "digits_images"
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,22 @@ def map_model(
     kind = kind_of(model)
     atlas = Atlas.of(model, atlas_path, tokenizer, step)
     bench = _Bench(model, tokenizer, atlas, job, step)
-    if not methods and step == 0:
+    whole = not methods and step == 0
+    if whole:
         atlas.note(skipped=None)
     names = methods or SEEN[kind]
     bench.look(names)
     for name in _bar(names, "heads seen"):
         bench.seen(name)
-    if not methods and kind == "decoder" and step == 0:
+    if whole and kind == "decoder":
         for task in _bar(list(dict.fromkeys(r.task for r in ROLES if r.task)), "screen"):
             bench.screen(task)
         if job.thorough:
             for task in list(bench.able):
                 bench.scan_all(task)
+    elif whole:
+        bench.skip("proofs", f"this is a model of the kind {kind}: it does not continue text, so no task shows a role")
+    if whole and kind != "vision":
         bench.prove_all()
     if kind != "vision":
         bench.patterns()
@@ -149,14 +155,14 @@ class _Bench:
         self.model, self.tokenizer, self.atlas, self.job, self.step = model, tokenizer, atlas, job, step
         self.batches: dict[str, Batch] = {}
         self.able: dict[str, dict[str, float]] = {}
-        self.skipped: dict[str, str] = {}
         self.scores: dict[str, Score] = {}
 
     def batch(self, task: str) -> Batch:
         """All prompts of a task."""
         if task not in self.batches:
             n = self.job.prompts or SIZES.get(task, (PROMPTS, {}))[0]
-            self.batches[task] = task_of(task).make(self.tokenizer, n=n, seed=self.job.seed)
+            batch = task_of(task).make(self.tokenizer, n=n, seed=self.job.seed)
+            self.batches[task] = fit_pictures(batch, self.model) if task == PICTURES else batch
         return self.batches[task]
 
     def _keep(self, method: HeadMethod, batch: Batch | None, name: str | None = None) -> Score | None:
@@ -174,8 +180,7 @@ class _Bench:
         except ValueError as reason:
             label = name or method.identity()["name"]
             log.warning("%s: %s", label, reason)
-            self.skipped[label] = str(reason)
-            self._note()
+            self.skip(label, str(reason))
             return None
         score = self.scores[name or score.name] = replace(score, step=self.step, name=name or score.name)
         self.atlas.add(score)
@@ -186,7 +191,7 @@ class _Bench:
         by_task: dict[str, list[PatternMethod]] = {}
         for method in map(_method, names):
             if isinstance(method, PatternMethod):
-                by_task.setdefault(method.needs, []).append(method)
+                by_task.setdefault(self._wants(method), []).append(method)
         for task, methods in by_task.items():
             try:
                 batch = self._dev(task)
@@ -204,12 +209,14 @@ class _Bench:
         """One detector on the development half of its task."""
         method = _method(name)
         try:
-            batch = self._dev(method.needs) if method.needs else None
+            batch = self._dev(self._wants(method)) if method.needs else None
         except ValueError as reason:
-            self.skipped[name] = str(reason)
-            self._note()
+            self.skip(name, str(reason))
             return None
         return self._keep(method, batch)
+
+    def _wants(self, method: HeadMethod) -> str:
+        return PICTURES if self.model.main_input_name == "pixel_values" else method.needs
 
     def _dev(self, task: str) -> Batch:
         batch = self.batch(task)
@@ -220,19 +227,18 @@ class _Bench:
         try:
             batch = self.batch(task)
         except ValueError as reason:
-            self.skipped[task] = str(reason)
-            self._note()
+            self.skip(task, str(reason))
             return
         done = self.atlas.about.get("tasks", {}).get(task)
         if done is None or done["n"] != len(batch):
             done = _ability(self.model, batch)
             self.atlas.note(tasks={**self.atlas.about.get("tasks", {}), task: done})
         if batch.corrupt is None or not done["clean"] - done["corrupt"] >= LEAST_GAP:
-            self.skipped[task] = (
+            self.skip(
+                task,
                 f"the answer has {done['clean']:.2f} nats in clean prompts and {done['corrupt']:.2f} in corrupt ones, "
-                f"less than {LEAST_GAP} apart: this model does not do the task, so no head can be proved on it"
+                f"less than {LEAST_GAP} apart: this model does not do the task, so no head can be proved on it",
             )
-            self._note()
             return
         self.able[task] = done
         self._keep(Attribution(), batch.split()[0], f"attribution_on_{task}")
@@ -288,8 +294,7 @@ class _Bench:
             fresh = proof.run(self.model, held_out, role.name, tested, seen, set(nominated), label=role.name)
         except ValueError as reason:
             log.warning("%s: %s", role.name, reason)
-            self.skipped[role.name] = str(reason)
-            self._note()
+            self.skip(role.name, str(reason))
             return claims
         # Kept at once, so that an interrupted run loses one role at most, and unknown until the last role is done: the
         # correction over the whole map may take back what one role by itself would show.
@@ -313,8 +318,21 @@ class _Bench:
             arrays = {layer: value.cpu().numpy() for layer, value in t.by_layer("pattern").items()}
             self.atlas.add_pattern(task, tokens, self.tokenizer.decode(ids), arrays)
 
-    def _note(self) -> None:
-        self.atlas.note(skipped={**self.atlas.about.get("skipped", {}), **self.skipped})
+    def skip(self, what: str, reason: str) -> None:
+        """Keep why something could not be measured."""
+        self.atlas.note(skipped={**self.atlas.about.get("skipped", {}), what: reason})
+
+
+def fit_pictures(batch: Batch, model: PreTrainedModel) -> Batch:
+    """Pictures [n, 1, 8, 8] in the size and with as many channels as a vision model takes, noted in `about`."""
+    size, channels = model.config.image_size, getattr(model.config, "num_channels", 1)
+    pixels = batch.inputs["pixel_values"]
+    wanted = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    if pixels.shape[1:] == wanted:
+        return batch
+    larger = torch.nn.functional.interpolate(pixels, wanted[1:], mode="bilinear", antialias=True)
+    inputs = {**batch.inputs, "pixel_values": larger.expand(-1, channels, -1, -1).contiguous()}
+    return replace(batch, inputs=inputs, about=batch.about | {"enlarged": list(wanted)})
 
 
 def task_of(name: str) -> Task:

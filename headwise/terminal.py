@@ -70,7 +70,8 @@ def print_roles(atlas: "Atlas") -> None:
             found[claim.verdict].append(claim.unit)
         if any(found.values()):
             rows.append((role.name, *(" ".join(units) or "-" for units in found.values())))
-    print_table(("role", "proved", "looks like it, refuted", "not settled"), rows, stretch=(1, 2, 3))
+    if rows:
+        print_table(("role", "proved", "looks like it, refuted", "not settled"), rows, stretch=(1, 2, 3))
     say(summary_sentence(atlas.heads()))
     skipped = atlas.about.get("skipped", {})
     if skipped:
@@ -132,7 +133,8 @@ def sentences() -> Iterator[None]:
     except ImportError as error:
         if error.name is None or error.name.startswith("headwise"):
             raise
-        stop(f"This needs the package {error.name}, which is not installed: pip install {error.name}")
+        package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
+        stop(f"This needs the package {package}, which is not installed: pip install {package}")
     except (OSError, RuntimeError) as error:
         sentence = _trouble(error)
         if sentence is None:

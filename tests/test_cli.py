@@ -217,6 +217,20 @@ def test_a_model_without_tokenizer_is_one_sentence(capsys, decoder, tmp_path):
     refused(run(capsys, "map", tmp_path, "heads.induction", "--out", tmp_path / "a"), "has no tokenizer")
 
 
+def test_a_vision_model_needs_no_tokenizer(capsys, tmp_path):
+    from families import FAMILIES
+
+    FAMILIES["vit"].build().save_pretrained(tmp_path / "vit")
+    words = ("map", tmp_path / "vit", "--n", "4", "--json", "--out", tmp_path / "a")
+    result = run(capsys, *words, "heads.entropy")
+    assert result.code == 0, result.err
+    assert "entropy" in json.loads(result.out)["units"][0]["scores"]
+    refused(run(capsys, *words, "heads.induction"), "pixel_values, not tokens")
+    refused(run(capsys, *words, "heads.ablation"), "tells 2 classes apart")
+    whole = run(capsys, *words[:-3], "--out", tmp_path / "a")
+    assert whole.code == 0 and "Report:" in whole.out, whole.err
+
+
 def test_a_file_where_the_atlas_should_be_is_one_sentence(capsys, decoder, tmp_path):
     (tmp_path / "file").write_text("mine")
     result = run(capsys, "map", decoder, "heads.entropy", "--n", "4", "--out", tmp_path / "file" / "atlas")

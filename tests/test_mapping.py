@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from families import FAMILIES
+from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
 from headwise import mapping
 from headwise.atlas import Atlas
@@ -134,6 +135,26 @@ def test_thorough_scans_every_head(planted, tmp_path: Path) -> None:
         assert len(atlas.score(name).table) == len(atlas.heads())
     assert atlas.score("ablation_resample_on_induction").top(1)[0] in planted.truth
     assert atlas.about["tasks"]["induction"]["screen_rank_correlation"] > 0.5
+
+
+def test_an_encoder_is_seen_and_not_proved(planted, tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(**size, vocab_size=len(planted.tokenizer))).eval()
+    atlas = map_model(model, planted.tokenizer, tmp_path / "a", job=Job(prompts=4))
+    assert set(atlas.names()) == set(mapping.SEEN["encoder"])
+    claims = atlas.claims()
+    assert {r.step for c in claims for r in c.rungs} <= {"seen"} and {c.verdict for c in claims} <= {"unknown"}
+    assert "does not continue text" in atlas.about["skipped"]["proofs"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_vision_model_is_shown_pictures_of_its_size(tmp_path: Path, channels: int) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**size, image_size=24, patch_size=4, num_channels=channels)
+    atlas = map_model(ViTForImageClassification(config), None, tmp_path / "a", job=Job(prompts=4))
+    assert set(atlas.names()) == set(mapping.SEEN["vision"]) and not atlas.claims()
+    assert atlas.score("entropy").about["task"]["enlarged"] == [channels, 24, 24]
+    assert 0 < atlas.score("distance_profile").table["value"].min() < 6
 
 
 def test_kinds_of_models() -> None:
