@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.anatomy import anatomy
-from headwise.attention import FlexPrefill, StreamingPrefill
+from headwise.attention import CCA, FlexPrefill, Landmark, StreamingPrefill
 from headwise.attention.flex_prefill import _cover, _divergence
+from headwise.attention.landmark import with_landmarks
 from headwise.method import catalogue, load
 from headwise.mixing import AttentionMethod, causal, softmax_scores, use, visible
 from headwise.models import fingerprint
@@ -19,11 +20,15 @@ METHODS = [card.name for card in catalogue("attention")]
 SMALL = {
     "attention.flex_prefill": {"block": 4, "budget": 4, "gamma": 0.6, "tau": 0.3},
     "attention.streaming_prefill": {"sink": 2, "window": 5, "block": 4},
+    "attention.landmark": {"block": 4, "top": 2},
+    "attention.cca": {"group": 3, "window": 5, "block": 8},
 }
 # Fields with which a method is plain attention.
 FULL = {
     "attention.flex_prefill": {"block": 4, "budget": 4, "gamma": 1.0},
     "attention.streaming_prefill": {"sink": 0, "window": 10**6, "block": 7},
+    "attention.landmark": {"block": 100},
+    "attention.cca": {"group": 1, "window": 4, "block": 8},
 }
 KINDS = ("llama", "gpt2", "qwen3", "gpt_neox", "phi3", "olmo2")
 
@@ -271,6 +276,9 @@ def test_masks_of_other_kinds():
         (FlexPrefill, {"tau": -1.0}),
         (FlexPrefill, {"block": 0}),
         (StreamingPrefill, {"window": 0}),
+        (Landmark, {"block": 0}),
+        (Landmark, {"top": -1}),
+        (CCA, {"group": 0}),
     ],
 )
 def test_fields_out_of_range(method, fields):
@@ -350,3 +358,81 @@ def test_streaming_prefill_costs_the_window_not_the_square():
         notes = told(StreamingPrefill(4, 16, 16), q, k, v)
         shares.append(float(notes["computed"].mean()) * length * (length + 1) / 2 / length)
     assert max(shares) < 4 + 16 + 16 and shares[2] < 1.1 * shares[0]
+
+
+# Landmark attention.
+
+
+@pytest.mark.parametrize("top", [None, 0, 1, 3])
+@pytest.mark.parametrize("length", [30, 8])
+def test_landmarks_whatever_is_looked_up(top, length):
+    q, k, v = values(length, 30)
+    method = Landmark(block=4, top=top)
+    torch.testing.assert_close(method.attend(q, k, v), method.naive(q, k, v), rtol=1e-5, atol=1e-5)
+    pattern = method.pattern(q, k, 0.35)
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, length))
+    assert pattern[..., 4::5].abs().max() == 0
+    blocks = pattern.unflatten(-1, (6, 5)).sum(-1)[:, :, -1] > 0
+    assert (blocks.sum(-1) == (6 if top is None else 1 + top)).all()
+
+
+def test_one_block_is_a_plain_softmax():
+    q, k, v = values(12, 12)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(Landmark(block=12).attend(q, k, v), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grouped_softmax_by_hand():
+    """Two blocks of two: the last query gives its own token 1 and the landmark 3, which its block shares 1:4."""
+    q = torch.ones(1, 1, 4, 1)
+    k = torch.tensor([0.0, 4.0, 3.0, 1.0]).log().clamp(min=-50).view(1, 1, 4, 1)
+    k[0, 0, 0] = 0.0
+    pattern = Landmark(block=2).pattern(q, k, 1.0)[0, 0]
+    torch.testing.assert_close(pattern[3], torch.tensor([0.75 * 0.2, 0.75 * 0.8, 0.0, 0.25]))
+    torch.testing.assert_close(pattern[2], torch.tensor([0.2, 0.8, 0.0, 0.0]))
+
+
+def test_looking_up_reads_less():
+    q, k, v = values(60, 60)
+    shares = [float(told(Landmark(block=4, top=top), q, k, v)["read"].mean()) for top in (0, 1, 4, None)]
+    assert shares == sorted(shares) and shares[0] < 0.4 and shares[-1] > 0.95
+
+
+def test_landmarks_stand_after_every_block():
+    ids = torch.arange(1, 9)[None]
+    assert with_landmarks(ids, 0, 3).tolist() == [[1, 2, 3, 0, 4, 5, 6, 0, 7, 8]]
+    assert with_landmarks(ids, 0, 4).tolist() == [[1, 2, 3, 4, 0, 5, 6, 7, 8, 0]]
+
+
+# CCA attention.
+
+
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_groups_of_one_are_plain_attention(window):
+    q, k, v = values(29, 29)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(CCA(group=1, window=window, block=8).attend(q, k, v), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_core_tokens_are_what_the_last_token_of_their_group_attends_to():
+    q, k, v = values(24, 24, heads=2, kv=2)
+    pattern = CCA(group=4, window=4).pattern(q, k, 0.35)
+    for number in range(4):
+        members = slice(4 * number, 4 * number + 4)
+        own = ((q[:, :, 4 * number + 3, None] * k[:, :, members]).sum(-1) * 0.35).softmax(-1)
+        given = pattern[:, :, 23, members]
+        torch.testing.assert_close(given / given.sum(-1, keepdim=True), own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 7, 128])
+def test_blocks_of_queries_change_nothing(block):
+    q, k, v = values(40, 40)
+    torch.testing.assert_close(CCA(3, 5, block).attend(q, k, v), CCA(3, 5, 16).attend(q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        StreamingPrefill(2, 5, block).attend(q, k, v), StreamingPrefill(2, 5, 16).attend(q, k, v), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_cca_sees_few_keys():
+    q, k, v = values(320, 320, rows=1)
+    assert float(told(CCA(16, 32), q, k, v)["kept"].max()) <= (320 / 16 + 48) / 320
