@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from headwise.anatomy import anatomy
 from headwise.atlas import Atlas
 from headwise.claim import ROLES, Claim, Role, settle
-from headwise.heads import Ablation, Attribution, Restore
+from headwise.heads import Ablation, Attribution, DuoGate, Restore
 from headwise.matmul import fast_matmul
 from headwise.method import HeadMethod, load
 from headwise.pattern import PatternMethod, score_together
@@ -172,8 +172,8 @@ class _Bench:
         if kept is not None:
             self.scores[name or kept.name] = kept
             return kept
-        # Attribution is the one method that differentiates, which fast products do not allow.
-        fast = nullcontext() if isinstance(method, Attribution) else fast_matmul(self.model)
+        # Attribution and gates differentiate, which fast products do not allow.
+        fast = nullcontext() if isinstance(method, (Attribution, DuoGate)) else fast_matmul(self.model)
         try:
             with fast:
                 score = method.score(self.model, batch)

@@ -10,7 +10,7 @@ rounded, which keeps the order of the heads (docs/bench.md) but not the last dig
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from headwise.anatomy import Anatomy, anatomy
 from headwise.matmul import Products, fast_matmul
+from headwise.narrow import Window, narrowed, pads_of
 from headwise.progress import hidden
 from headwise.site import Site, Unit
 from headwise.tap import Place, listen, tap
@@ -38,7 +39,7 @@ class Effects:
         base: [B] the metric of the run that is changed (clean prompts; corrupt prompts for restore).
         other: [B] the metric of the opposite prompts, or None when the batch has none.
         changed: {unit: [B]} the metric with that unit changed.
-        how: zero, mean, resample or restore.
+        how: zero, mean, resample, restore or stream.
     """
 
     base: Tensor
@@ -62,7 +63,7 @@ def effects(
     model: PreTrainedModel,
     batch: Batch,
     units: list[str] | None = None,
-    how: str = "mean",
+    how: "str | Window" = "mean",
     metric: Metric = logprob,
     *,
     share_prefix: bool = True,
@@ -74,9 +75,11 @@ def effects(
     """Change one unit at a time and measure.
 
     Args:
-        units: heads ("L5.H1") and sublayers ("L5.mlp", "L5.attn"); None for every head of the main stack.
+        units: heads ("L5.H1"), KV heads with all that read them ("L5.G0") and sublayers ("L5.mlp", "L5.attn"); None for
+            every head of the main stack.
         how: "zero"; "mean", over this batch's prompts and columns; "resample", the value of the corrupt prompt (or of
-            the next prompt where there are none); "restore", the clean value into the corrupt run.
+            the next prompt where there are none); "restore", the clean value into the corrupt run; or a `Window`, what
+            it is when it sees only that.
         prompts: prompts in one forward pass; variants: units changed side by side, as further rows of it.
         dtype: "float32"; or "bfloat16", which rounds each variant's difference from the unchanged run: faster, for the
             memory of what enters and leaves the linear layers in one part.
@@ -85,12 +88,14 @@ def effects(
     Raises:
         ValueError: an unknown `how` or `dtype`, a unit that does not exist, or restore without corrupt prompts.
     """
-    if how not in HOWS:
+    if how not in HOWS and not isinstance(how, Window):
         raise ValueError(f"{how!r} is not a way to change a unit: {', '.join(HOWS)}.")
     body = anatomy(model)
     units = body.units() if units is None else units
     sites = {unit: _site(body, unit) for unit in units}
     batch = (batch.flipped() if how == "restore" else batch).to(model.device)
+    if isinstance(how, Window):
+        batch = replace(batch, corrupt=None)
     parts: list[Effects] = []
     bar = tqdm(total=len(units) * -(-len(batch) // prompts), desc=label, disable=label is None or hidden(), leave=False)
     with torch.no_grad(), fast_matmul(model, dtype) as products, bar:
@@ -101,10 +106,10 @@ def effects(
             products.forget()
     other = None if parts[0].other is None else torch.cat([p.other for p in parts])
     changed = {unit: torch.cat([p.changed[unit] for p in parts]) for unit in units}
-    return Effects(torch.cat([p.base for p in parts]), other, changed, how)
+    return Effects(torch.cat([p.base for p in parts]), other, changed, parts[0].how)
 
 
-def _even_chunks(batch: Batch, prompts: int, how: str) -> Iterator[Batch]:
+def _even_chunks(batch: Batch, prompts: int, how: "str | Window") -> Iterator[Batch]:
     """Parts of the batch; resampling from the next prompt needs at least two in each part."""
     for chunk in batch.chunks(prompts):
         if how == "resample" and batch.corrupt is None and len(chunk) < 2:
@@ -114,10 +119,20 @@ def _even_chunks(batch: Batch, prompts: int, how: str) -> Iterator[Batch]:
 
 def _site(body: Anatomy, unit: str) -> Site:
     part = Unit.parse(unit)
-    if part.letter not in ("H", "mlp", "attn"):
-        raise ValueError(f"{unit}: effects are measured of heads (L5.H1) and sublayers (L5.mlp, L5.attn).")
-    kind, index = ("z", part.index) if part.letter == "H" else (part.letter, None)
+    if part.letter not in ("H", "G", "mlp", "attn"):
+        raise ValueError(f"{unit}: effects are measured of heads (L5.H1, L5.G0) and sublayers (L5.mlp, L5.attn).")
+    kind, index = ("z", part.index) if part.letter in ("H", "G") else (part.letter, None)
+    if part.letter == "G":
+        body.resolve(Site(part.layer, "v", part.index, stack=part.stack))
+        index = part.index * _wide(body, unit)
     return body.resolve(Site(part.layer, kind, index, stack=part.stack))[0]
+
+
+def _wide(body: Anatomy, unit: str) -> int:
+    """How many query heads a unit is: all that read it where it is a KV head."""
+    part = Unit.parse(unit)
+    layer = body.layer(part.layer, part.stack)
+    return layer.heads // layer.kv_heads if part.letter == "G" else 1
 
 
 def _means(model: PreTrainedModel, batch: Batch, sites: dict[str, Site], prompts: int) -> dict[Site, Tensor]:
@@ -156,7 +171,7 @@ def _scan_chunk(
     products: Products,
     chunk: Batch,
     sites: dict[str, Site],
-    how: str,
+    how: "str | Window",
     metric: Metric,
     means: dict[Site, Tensor],
     share_prefix: bool,
@@ -171,7 +186,8 @@ def _scan_chunk(
         with tap(model, *whole) as t:
             other = metric(answer_logits(model, chunk, chunk.corrupt), chunk)
         source = {site: t[site] for site in whole}
-    with tap(model, *starts, *whole) as t, noting_tuples(body) as tuples, products.remember():
+    narrow = _narrow(model, chunk, whole, how, source) if isinstance(how, Window) else nullcontext()
+    with tap(model, *starts, *whole) as t, noting_tuples(body) as tuples, products.remember(), narrow:
         logits = answer_logits(model, chunk)
     base = metric(logits, chunk)
     prefix = {site: t[site] for site in starts}
@@ -190,10 +206,26 @@ def _scan_chunk(
         new = means.get(place) if how == "mean" else source.get(place) if how != "zero" else None
         for start in range(0, len(names), variants):
             group = names[start : start + variants]
-            for unit, value in zip(group, run([sites[u] for u in group], new), strict=True):
+            wide = [_wide(body, unit) for unit in group]
+            for unit, value in zip(group, run([sites[u] for u in group], new, wide), strict=True):
                 changed[unit] = value
             advance(len(group))
-    return Effects(base.cpu(), None if other is None else other.cpu(), changed, how)
+    name = "stream" if isinstance(how, Window) else how
+    return Effects(base.cpu(), None if other is None else other.cpu(), changed, name)
+
+
+def _narrow(
+    model: PreTrainedModel, chunk: Batch, whole: list[Site], how: Window, source: dict[Site, Tensor]
+) -> AbstractContextManager[None]:
+    """While the unchanged run passes, `source` takes what each layer's z would be if its heads saw only a window."""
+    if any(site.kind != "z" or site.stack for site in whole):
+        raise ValueError("Only heads of the main stack can be given a window: L5.H1 or L5.G0.")
+
+    def keep(layer: int, _: Tensor, near: Callable[[], Tensor]) -> None:
+        source[Site(layer, "z")] = near()
+
+    layers = {site.layer for site in whole if site.layer is not None}
+    return narrowed(model, how, keep, layers=layers, pads=pads_of(chunk))
 
 
 @dataclass(frozen=True)
@@ -219,8 +251,8 @@ class _Runner:
             torch.allclose(again, base.cpu(), rtol=1e-3, atol=1e-3 if self.model.dtype == torch.float32 else 5e-2)
         )
 
-    def __call__(self, sites: list[Site], new: Tensor | None) -> list[Tensor]:
-        """The metric [B] of each variant: the site of that variant replaced by `new` (None: zero)."""
+    def __call__(self, sites: list[Site], new: Tensor | None, wide: list[int]) -> list[Tensor]:
+        """The metric [B] of each variant: `wide` heads from that variant's site on replaced by `new` (None: zero)."""
         rows = len(self.chunk)
         axis = 2 if sites[0].kind == "z" else None
 
@@ -230,8 +262,8 @@ class _Runner:
                 part = out[i * rows : (i + 1) * rows]
                 given = new
                 if axis is not None:
-                    part = part.narrow(axis, site.index, 1)
-                    given = None if new is None else new.narrow(new.ndim - 2, site.index, 1)
+                    part = part.narrow(axis, site.index, wide[i])
+                    given = None if new is None else new.narrow(new.ndim - 2, site.index, wide[i])
                 if given is None:
                     part.zero_()
                 else:

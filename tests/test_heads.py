@@ -34,6 +34,7 @@ from headwise.heads import (
     ValueScaling,
 )
 from headwise.method import catalogue, load
+from headwise.narrow import kv_heads
 from headwise.pattern import PatternMethod, after_same, earlier_same, score_together, to_kv_heads
 from headwise.score import Score
 from headwise.tap import tap
@@ -44,9 +45,10 @@ METHODS = [card.name for card in catalogue("heads")]
 KINDS = ("llama", "gpt2", "gpt_neox", "qwen3_5", "deepseek_v3", "gptj", "bert", "t5", "vit")
 # Fields for tiny random models, which know nothing: gates are opened.
 FIELDS = {"heads.retrieval": {"gate": -1.0}, "heads.composition": {"threshold": 0.0}, "heads.value_scaling": {"top": 2}}
+FIELDS |= {"heads.duo_gate": {"steps": 3, "recent": 4, "sink": 1}, "heads.need": {"recent": 4, "sink": 1}}
 # What must be refused, with a word of the sentence.
 ANSWERS = (
-    "name_mover", "memory_or_context", "value_scaling", "topic", "anti_overconfidence", "retrieval",
+    "name_mover", "memory_or_context", "value_scaling", "topic", "anti_overconfidence", "retrieval", "duo_gate", "need",
 )  # fmt: skip
 TOKENS = (
     "duplicate_token", "induction", "echo", "razor_induction", "select_and_copy", "select_and_copy_attention",
@@ -61,7 +63,7 @@ LIMITS = {
         "select_and_copy": "not offer q_pre",
     },
     "gptj": dict.fromkeys((*SEEN, "composition", "name_mover", "topic", "retrieval"), "does not offer pattern")
-    | {"select_and_copy": "does not offer q"},
+    | dict.fromkeys(("select_and_copy", "duo_gate", "need"), "does not offer [qv]"),
     "t5": {"copy_suppression": "no single token", "successor": "no single token"}
     | dict.fromkeys(("select_and_copy", "select_and_copy_attention"), "encoder's prompt"),
 }
@@ -150,7 +152,7 @@ def test_contract(name, kind, models):
         score = method.score(model, batch)
         again = method.score(model, batch)
         assert isinstance(score, Score)
-        assert set(score.table["unit"]) <= set(anatomy(model).units())
+        assert set(score.table["unit"]) <= set(kv_heads(model) if score.kind == "kv" else anatomy(model).units())
         assert set(score.layers) <= set(anatomy(model).layers)
         assert len(score.table) > 0
         assert score.table.equals(again.table, null_equal=True)

@@ -1,0 +1,69 @@
+"""DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads.
+Xiao et al., 2024. arXiv:2410.10819
+
+The paper defines retrieval heads as those without whose full attention the output changes, and trains gates to find
+them. Here it is measured, one KV head at a time.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from headwise.direct import predicts
+from headwise.method import HeadMethod
+from headwise.narrow import Window, kv_heads
+from headwise.scan import effects
+from headwise.score import Score
+from headwise.shares import answers
+from headwise.task import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Need(HeadMethod):
+    """Log-probability of the answer that is lost when one KV head alone sees only the first and the latest tokens.
+
+    Fields:
+        sink, recent: how many first tokens, and how many latest ones (its own included), a streaming head sees.
+        whole: True reads the context with everything in sight and narrows the head from the question on only.
+        share_prefix: False runs the naive twin, a full forward pass a KV head.
+        variants: KV heads narrowed side by side, as rows of one batch.
+        dtype: "bfloat16" rounds differences from the unchanged run: faster, for ranking heads; not with `whole`.
+    """
+
+    sink: int = 16
+    recent: int = 64
+    whole: bool = False
+    share_prefix: bool = True
+    variants: int = 3
+    dtype: str = "float32"
+
+    evidence: ClassVar[str] = "needed"
+    needs: ClassVar[str] = "passkeys"
+
+    def score(self, model: "PreTrainedModel", batch: Batch) -> Score:
+        """One loss in nats per KV head, mean over the answer's tokens; below 0 where the answer gains.
+
+        Raises:
+            ValueError: a window of nothing, or a model that predicts no next token.
+        """
+        predicts(model, "heads.need")
+        window, units = Window(self.sink, self.recent), kv_heads(model)
+        if self.whole:
+            got = answers(model, batch, [(), *([u] for u in units)], window, whole=True, at_once=8, label="need")
+            lost = dict(zip(units, got.logprob[0] - got.logprob[1:], strict=True))
+        else:
+            found = effects(
+                model,
+                batch,
+                units,
+                window,
+                share_prefix=self.share_prefix,
+                prompts=2,
+                variants=self.variants,
+                dtype=self.dtype,
+                label="need",
+            )
+            lost = {unit: found.of(unit) for unit in units}
+        return Score.of_units(self, model, batch, lost, kind="kv")
