@@ -10,9 +10,7 @@ Files are written aside and renamed, so a crash leaves what was there. Two atlas
 import difflib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors.numpy import save_file
 
 from headwise.claim import ROLES, Claim, Rung
 from headwise.score import Score
+from headwise.writing import write_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,17 +38,6 @@ _READOUTS = {
     "unit": pl.String, "circuit": pl.String, "source": pl.String, "target": pl.String,
     "value": pl.Float64, "rank": pl.Int64,
 }  # fmt: skip
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a temporary neighbour and rename, so that `path` is either old or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from headwise.atlas import Atlas, write_aside
+from headwise.atlas import Atlas
 from headwise.view.gather import gather
+from headwise.writing import write_aside
 
 STATIC = Path(__file__).parent / "static"
 # Nothing may be fetched, whatever a token or a model name says; only what stands in the file itself runs.

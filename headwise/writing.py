@@ -1,0 +1,16 @@
+"""Files that are either old or complete, never half-written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write through a temporary neighbour and rename, so that `path` is either old or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
