@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel
 
 from headwise.anatomy import Anatomy, anatomy
+from headwise.matmul import fast_matmul
 from headwise.narrow import Window, alone, checked, narrowed
 from headwise.progress import hidden
 from headwise.score import Score
@@ -80,7 +81,8 @@ def answers(
     streams = _rows(body, choices)
     said: list[Tensor] = []
     total = len(batch) * len(choices)
-    with torch.no_grad(), tqdm(total=total, desc=label, disable=label is None or hidden(), leave=False) as bar:
+    bar = tqdm(total=total, desc=label, disable=label is None or hidden(), leave=False)
+    with torch.no_grad(), fast_matmul(model), bar:
         for row in range(len(batch)):
             one = alone(batch, row).to(model.device)
             prompt = opened(model, one, whole)

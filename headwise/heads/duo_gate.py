@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from headwise.anatomy import anatomy
 from headwise.direct import predicts
+from headwise.matmul import fast_matmul
 from headwise.method import HeadMethod
 from headwise.narrow import Window, alone, narrowed
 from headwise.probe import evaluating
@@ -79,8 +80,9 @@ class DuoGate(HeadMethod):
         with still(model), tqdm(total=self.steps, desc="duo gate", disable=hidden(), leave=False) as bar:
             for step, row in enumerate(self._order(len(batch))):
                 if row not in prompts:
-                    prompt = self._open(model, alone(batch, row).to(model.device))
-                    prompts[row] = prompt, _hidden(model, prompt)
+                    with fast_matmul(model):
+                        prompt = self._open(model, alone(batch, row).to(model.device))
+                        prompts[row] = prompt, _hidden(model, prompt)
                 prompt, wanted = prompts[row]
                 with torch.enable_grad(), narrowed(model, window, mix):
                     apart = (_hidden(model, prompt) - wanted).float().square().mean()
