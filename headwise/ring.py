@@ -11,11 +11,14 @@ class Ring(Store):
 
     Memory does not grow with the text. Many new tokens are read in blocks of queries, each with the keys it can see: a
     prompt of T tokens costs T * (sink + recent + block) scores, not T * T.
+
+    With `whole`, a pass of more than `recent` new tokens is taken for a prompt: its tokens all see each other, and only
+    then is anything dropped.
     """
 
-    def __init__(self, sink: int, recent: int) -> None:
+    def __init__(self, sink: int, recent: int, *, whole: bool = False) -> None:
         super().__init__()
-        self.sink, self.recent = sink, recent
+        self.sink, self.recent, self.whole = sink, recent, whole
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
@@ -26,10 +29,11 @@ class Ring(Store):
         if length == 1:
             self.remember(k, v, turn)
             return self._one(q, turn)
-        if turn.past == 0 and turn.pads is None and length <= self.recent:
+        prompt = self.whole and length > self.recent
+        if turn.past == 0 and turn.pads is None and (prompt or length <= self.recent):
             self.remember(k, v, turn)
             return mix(q, k, v, None, turn, causal=True)
-        z = self._many(q, k, v, turn)
+        z = self._prompt(q, k, v, turn) if prompt else self._many(q, k, v, turn)
         self.remember(k, v, turn)
         return z
 
@@ -81,6 +85,18 @@ class Ring(Store):
             return mix(q, self.k, self.v, None, turn)
         columns = self.columns(turn, end, q.device)
         return mix(q, self.k, self.v, turn.seen(turn.columns(1, q.device), columns), turn)
+
+    def _prompt(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        """Queries see each other's tokens and what is held from before, the ring by each query's own window."""
+        queries = turn.columns(k.shape[2], q.device)
+        if self.k is None or self.v is None:
+            return mix(q, k, v, turn.seen(queries, queries), turn)
+        old = self.columns(turn, turn.past, q.device)
+        places = torch.cat([old, queries.expand(len(old), 1, 1, -1)], 3)
+        near = torch.arange(places.shape[3], device=q.device)
+        near = (near < self.sink) | (near >= old.shape[3]) | (places > queries[:, None] - self.recent)
+        seen = turn.seen(queries, places) & near
+        return mix(q, torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), seen, turn)
 
     def _many(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Blocks of queries, each beside the sinks, what the ring still holds for it, and the new keys it can see."""

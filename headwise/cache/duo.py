@@ -22,11 +22,14 @@ class Duo(CacheMethod):
     Fields:
         sink: tokens a streaming head keeps at the start; the paper deploys 64.
         recent: most recent tokens that it keeps; the paper deploys 256.
+        whole: a prompt that is read in one pass sees itself whole, as in the paper's one-shot prefill; False streams in
+            prompts too, as in its chunked prefill, which costs less time and asks more of the heads.
     """
 
     row: ClassVar[str] = "s104"
     sink: int = 64
     recent: int = 256
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
@@ -34,7 +37,7 @@ class Duo(CacheMethod):
 
     def store(self, reserve: int = 0) -> Store:
         """What a streaming head keeps."""
-        return Ring(self.sink, self.recent)
+        return Ring(self.sink, self.recent, whole=self.whole)
 
     def split(self, model: PreTrainedModel, full: list[str], reserve: int = 0) -> KVCache:
         """A cache in which the KV heads `full` ("L5.G0") keep everything and all others stream."""
