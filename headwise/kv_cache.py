@@ -55,6 +55,10 @@ class _Masks:
             self.mask, self.read = mask, _read_mask(mask, past, length, rows)
         return self.read
 
+    def forget(self) -> None:
+        """Hold nothing once the last layer has read it: a mask can be larger than the cache."""
+        self.mask, self.read = None, (None, None)
+
 
 def _read_mask(mask: Tensor, past: int, length: int, rows: int) -> "tuple[Tensor | None, Tensor | None]":
     if mask.ndim == 2:
@@ -99,6 +103,7 @@ class KVLayer(CacheLayerMixin):
         self.methods = methods
         self.tokens = 0
         self.reserve = 0
+        self.last = False
         self.record_past = False
         self.parts: list[_Part] = []
         self._masks, self._rotate = masks, rotate
@@ -151,6 +156,8 @@ class KVLayer(CacheLayerMixin):
             self._make_parts(heads // k.shape[1], q.device)
         pads, rest = self._masks.of(mask, self.tokens, length, batch)
         said = {name: options[name] for name in ("softcap", "s_aux") if options.get(name) is not None}
+        if self.last:
+            self._masks.forget()
         turn = Turn(self.tokens, pads, rest, scale, said or None, module, self._rotate)
         self.tokens += length
         if len(self.parts) == 1:
@@ -254,6 +261,7 @@ class KVCache(Cache):
             methods = [treatments.get(f"L{number}.G{i}", _EVERYTHING) for i in range(count)]
             layers[number] = KVLayer(number, methods, masks, found)
             layers[number].reserve = reserve
+        layers[max(_full_layers(model))].last = True
         super().__init__(layers=layers)
 
     def tensors(self) -> Iterator[Tensor]:

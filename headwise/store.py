@@ -9,9 +9,9 @@ Axes: B rows, H KV heads of this store, G query heads to a KV head, Q new tokens
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -179,12 +179,28 @@ class Buffer:
         yield from (one for one in (self._k, self._v) if one is not None)
 
 
+def _inside(value: Any) -> "list[Buffer | Store]":
+    """The buffers and stores that an attribute of a store holds."""
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if isinstance(one, Buffer | Store)]
+
+
+def _held(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors in the attributes of a store."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        for one in _inside(value):
+            yield from one.tensors()
+
+
 class Store(ABC):
     """What some KV heads of one layer remember.
 
     A subclass writes `read`, and `remember` for the part of a turn that stays when the rest is taken back. Tensors that
-    it keeps have the rows as their first axis and are attributes, or stand in a `Buffer`; then reordering, rolling back
-    and counting bytes need no further code. A method that drops nothing may write `crop` itself and set `undoes` False.
+    it keeps have the rows as their first axis and are attributes, or stand in a `Buffer`, in another store, or in a
+    list of these; then reordering, rolling back and counting bytes need no further code; what is no tensor is for
+    `clear` to reset. A method that drops nothing may write `crop` itself and set `undoes` False.
     """
 
     undoes = True
@@ -222,10 +238,7 @@ class Store(ABC):
         """
         while tokens > 0:
             if not self._past:
-                raise ValueError(
-                    f"{tokens} more tokens were to be taken back than this cache has recorded. "
-                    "Call cache.activate_past_recording() before the turns that may be taken back."
-                )
+                self._refuse(tokens)
             state, k, v, turn = self._past.pop()
             self._restore(state)
             kept = max(0, k.shape[2] - tokens)
@@ -234,14 +247,20 @@ class Store(ABC):
                 self.remember(k[:, :, :kept], v[:, :, :kept], turn)
         self._past.clear()
 
+    def _refuse(self, tokens: int) -> NoReturn:
+        raise ValueError(
+            f"{tokens} more tokens were to be taken back than this cache has recorded. "
+            "Call cache.activate_past_recording() before the turns that may be taken back."
+        )
+
     def pick(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order (beam search)."""
         self._past.clear()
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.index_select(0, rows))
-            elif isinstance(value, Buffer):
-                value.pick(rows)
+            for one in _inside(value):
+                one.pick(rows)
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -249,19 +268,14 @@ class Store(ABC):
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, None)
-            elif isinstance(value, Buffer):
-                value.clear()
+            for one in _inside(value):
+                one.clear()
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that are held, those for taking back included."""
-        for value in vars(self).values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, Buffer):
-                yield from value.tensors()
-        for state, k, v, _ in self._past:
-            yield from (k, v)
-            yield from (one for one in state.values() if isinstance(one, Tensor))
+        yield from _held(vars(self).values())
+        for state, k, v, turn in self._past:
+            yield from _held([k, v, turn.mask, turn.pads, *state.values()])
 
     def _state(self) -> dict:
         kept = {name: value for name, value in vars(self).items() if name not in ("_past", "recording")}
@@ -272,6 +286,22 @@ class Store(ABC):
     def _restore(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def mix_all(q: Tensor, k: Tensor, v: Tensor, buffer: Buffer, turn: Turn) -> Tensor:
+    """Append new keys and values to a buffer, and let the new queries see all of it in causal order -> z."""
+    length = k.shape[2]
+    buffer.append(k, v)
+    if turn.mask is None and turn.pads is None:
+        if length == 1:
+            return mix(q, buffer.k, buffer.v, None, turn)
+        if length == buffer.length:
+            return mix(q, k, v, None, turn, causal=True)
+    seen = turn.mask
+    if seen is None:
+        keys = torch.arange(buffer.length, device=q.device)
+        seen = turn.seen(turn.columns(length, q.device), keys)
+    return mix(q, buffer.k, buffer.v, seen, turn)
 
 
 class Full(Store):
@@ -285,18 +315,7 @@ class Full(Store):
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Plain causal attention over all tokens so far."""
-        length = k.shape[2]
-        self.kept.append(k, v)
-        if turn.mask is None and turn.pads is None:
-            if length == 1:
-                return mix(q, self.kept.k, self.kept.v, None, turn)
-            if length == self.kept.length:
-                return mix(q, k, v, None, turn, causal=True)
-        seen = turn.mask
-        if seen is None:
-            keys = torch.arange(self.kept.length, device=q.device)
-            seen = turn.seen(turn.columns(length, q.device), keys)
-        return mix(q, self.kept.k, self.kept.v, seen, turn)
+        return mix_all(q, k, v, self.kept, turn)
 
     def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
         """Write them behind what is there."""
