@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "heads", "cache", "attention")
+_ROOMS = ("data", "heads", "cache", "attention", "circuits")
 _NAMES = {
     "Add": "do",
     "Atlas": "atlas",
@@ -75,6 +75,7 @@ sys.modules[__name__].__class__ = _Package
 
 if TYPE_CHECKING:
     from headwise import attention as attention
+    from headwise import circuits as circuits
     from headwise import data as data
     from headwise import heads as heads
     from headwise.atlas import Atlas as Atlas

@@ -5,7 +5,10 @@ each reader is a sum over its edges. A norm stands between: an input is changed 
 module computes the norm.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,3 +195,31 @@ class _Seen:
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and (a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape))
+
+
+def before_input(hooks: ExitStack, module: nn.Module, see: Callable[[Tensor], Any], rows: int) -> None:
+    """Show what enters a module as [rows, T, D]; what `see` gives, if anything, takes its place."""
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        name = next(iter(kwargs), "")
+        value = args[0] if args else kwargs[name]
+        new = see(value.view(rows, -1, value.shape[-1]) if value.ndim == 2 else value)
+        if new is None:
+            return None
+        new = new.view(value.shape)
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
+
+    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def after_output(hooks: ExitStack, module: nn.Module, see: Callable[[Tensor], Any], rows: int) -> None:
+    """Show what a module gives as [rows, T, D]; what `see` gives, if anything, takes its place."""
+
+    def hook(_: nn.Module, args: tuple, output: Any) -> Any:
+        value = output[0] if isinstance(output, (tuple, list)) else output
+        new = see(value.view(rows, -1, value.shape[-1]) if value.ndim == 2 else value)
+        if new is None:
+            return None
+        return (new.view(value.shape), *output[1:]) if isinstance(output, (tuple, list)) else new.view(value.shape)
+
+    hooks.callback(module.register_forward_hook(hook).remove)

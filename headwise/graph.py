@@ -16,18 +16,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import polars as pl
 
 from headwise.mask import Mask
+from headwise.method import Method
 from headwise.score import EVIDENCE, provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from headwise.method import Method
     from headwise.task import Batch
 
 COLUMNS = {"source": pl.String, "target": pl.String, "weight": pl.Float64, "error": pl.Float64, "n": pl.Int64}
@@ -102,7 +102,7 @@ class Graph:
     @classmethod
     def of_edges(
         cls,
-        method: "Method",
+        method: Method,
         model: "PreTrainedModel",
         batch: "Batch | None",
         heads: Mapping[int, tuple[int, int]],
@@ -307,3 +307,18 @@ def _order(source: str) -> tuple[int, int]:
 
 def _jaccard(one: set, other: set) -> float:
     return len(one & other) / len(one | other) if one | other else 1.0
+
+
+@dataclass(frozen=True)
+class CircuitMethod(Method):
+    """Base of the circuits room: a graph of what carries a behaviour.
+
+    Class attributes: `evidence`, the rung of the ladder on which its weights stand; `needs`, the data task it wants.
+    """
+
+    evidence: ClassVar[str] = "seen"
+    needs: ClassVar[str] = "ioi"
+
+    def find(self, model: "PreTrainedModel", batch: "Batch") -> Graph:
+        """The edges that this method weighs, on these prompts."""
+        raise TypeError(f"{type(self).__name__} does not say how it finds a graph.")

@@ -6,17 +6,18 @@ of a circuit are the test of that circuit. Inputs are changed in front of the mo
 everything behind them is computed by the model.
 """
 
+import bisect
+import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headwise.edges import Edges, Part
+from headwise.edges import Edges, Part, after_output, before_input
 from headwise.graph import Edge, Graph
 from headwise.listen import listen
 from headwise.matmul import fast_matmul
@@ -75,6 +76,7 @@ class Paths:
         self.sources, self.targets = names + edges.sources[1:], edges.targets
         self.exists = torch.cat([edges.exists[:, :1].expand(-1, self.embeds), edges.exists[:, 1:]], 1)
         self.source_at = {source: i for i, source in enumerate(self.sources)}
+        self._begins = [part.readers["q"].start for part in edges.parts]
         self.shared = True
         self.shared = self._agrees()
 
@@ -170,27 +172,47 @@ class Paths:
             value = self.metric(answer_logits(self.model, variants.rows, variants.rows.inputs), variants.rows)
         return value.view(len(strengths), -1)
 
-    def single(self, edges: list[Edge], rows: int = 8) -> Tensor:
+    def all(self, senders: Iterable[str] = (), receivers: Iterable[str] = ()) -> list[Edge]:
+        """Every edge, or those from and into the named places.
+
+        Raises:
+            ValueError: this model has no such place, or no edge between the two sides.
+        """
+        chosen = self.exists.clone()
+        for names, known, axis in ((senders, self.sources, 1), (receivers, self.targets, 0)):
+            names = list(names)
+            for name in names:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                    side = "writes to" if axis else "reads"
+                    raise ValueError(f"No place {name!r} {side} an edge of this model. Did you mean {near!r}?")
+            if names:
+                keep = torch.tensor([one in names for one in known])
+                chosen &= keep[None] if axis else keep[:, None]
+        if not bool(chosen.any()):
+            raise ValueError(f"No edge leads from {', '.join(senders)} to {', '.join(receivers)}, which read earlier.")
+        return [(self.sources[u], self.targets[c]) for c, u in chosen.nonzero().tolist()]
+
+    def single(self, edges: list[Edge], rows: int = 8, advance: Callable[[int], object] | None = None) -> Tensor:
         """[edges, B] the metric with each edge patched alone; `rows` of them with one start side by side."""
         places = [self.place(edge) for edge in edges]
+        starts = [self._start(c) for c, _ in places]
         found = torch.zeros(len(edges), len(self.batch))
         order = sorted(range(len(edges)), key=lambda i: places[i][0])
         while order:
-            start = self._start(places[order[0]][0])
-            group = [i for i in order[:rows] if self._start(places[i][0]) == start]
+            group = [i for i in order[: max(1, rows)] if starts[i] == starts[order[0]]]
             order = order[len(group) :]
             strengths = torch.zeros(len(group), *self.exists.shape)
             for k, i in enumerate(group):
                 strengths[k, places[i][0], places[i][1]] = 1.0
             found[group] = self.run(strengths).cpu().float()
+            if advance is not None:
+                advance(len(group))
         return found
 
     def _start(self, target: int) -> int:
-        """Place of the first block that a changed target belongs to; one beyond the last for the logits."""
-        for i, part in enumerate(self.edges.parts):
-            if any(target in places for places in part.readers.values()):
-                return i
-        return len(self.edges.parts)
+        """Place of the block that a target belongs to; one beyond the last for the logits."""
+        return bisect.bisect_right(self._begins, target) - 1 if target < len(self.targets) - 1 else len(self._begins)
 
     def _agrees(self) -> bool:
         """Whether a run started at the last block gives what the whole run gave."""
@@ -345,34 +367,6 @@ class _Variants:
         for columns, value in added:
             output[..., columns] += value.view(*output.shape[:-1], -1).to(output.dtype)
         return output
-
-
-def before_input(hooks: ExitStack, module: nn.Module, see: Callable[[Tensor], Any], rows: int) -> None:
-    """Show what enters a module as [rows, T, D]; what `see` gives, if anything, takes its place."""
-
-    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        name = next(iter(kwargs), "")
-        value = args[0] if args else kwargs[name]
-        new = see(value.view(rows, -1, value.shape[-1]) if value.ndim == 2 else value)
-        if new is None:
-            return None
-        new = new.view(value.shape)
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
-
-    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-
-def after_output(hooks: ExitStack, module: nn.Module, see: Callable[[Tensor], Any], rows: int) -> None:
-    """Show what a module gives as [rows, T, D]; what `see` gives, if anything, takes its place."""
-
-    def hook(_: nn.Module, args: tuple, output: Any) -> Any:
-        value = output[0] if isinstance(output, (tuple, list)) else output
-        new = see(value.view(rows, -1, value.shape[-1]) if value.ndim == 2 else value)
-        if new is None:
-            return None
-        return (new.view(value.shape), *output[1:]) if isinstance(output, (tuple, list)) else new.view(value.shape)
-
-    hooks.callback(module.register_forward_hook(hook).remove)
 
 
 def prepare(
