@@ -37,37 +37,50 @@ class IOI(Task):
         draw = random.Random(f"ioi {seed}")
         clean, corrupt = [], []
         for row in range(n):
-            io, s, other = draw.sample(names, 3)
-            words = {"place": draw.choice(PLACES), "gift": draw.choice(GIFTS)}
-            template = draw.choice(TEMPLATES)
-            order = ("io", "s1") if row % 2 == 0 else ("s1", "io")
-            clean.append(self._prompt(tokenizer, template, order, io, s, s, words))
-            corrupt.append(self._prompt(tokenizer, template, order, io, s, other, words))
+            (io, s, other), template, words = drawn(draw, names, 3)
+            who = in_order(row, io, s)
+            clean.append(said(tokenizer, template, who, s, words, (io, s)))
+            corrupt.append(said(tokenizer, template, who, other, words, (io, s)))
         return lay_out(self, tokenizer, clean, corrupt, n, seed)
 
-    def _prompt(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        order: tuple[str, str],
-        io: str,
-        s: str,
-        giver: str,
-        words: dict[str, str],
-    ) -> Prompt:
-        who = {"io": io, "s1": s}
-        start, rest = template.split("{a}")
-        middle, rest = rest.split("{b}")
-        before, after = rest.format(s="{s}", **words).split("{s}")
-        pieces = [
-            (start, None),
-            (who[order[0]], order[0]),
-            (middle, None),
-            (who[order[1]], order[1]),
-            (before, None),
-            (giver, "s2"),
-            (after.removesuffix(" to"), None),
-            (" to", "end"),
-        ]
-        prompt, (answer, foil) = ask(tokenizer, pieces, (f" {io}", f" {s}"))
-        return prompt._replace(answer=answer, foil=foil)
+
+def said(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    who: dict[str, str],
+    giver: str,
+    words: dict[str, str],
+    options: tuple[str, str],
+) -> Prompt:
+    """One prompt of a template: `who` names the two persons in order ("io" and "s1"), the giver is "s2".
+
+    The options are the names of the answer and of the foil.
+    """
+    start, rest = template.split("{a}")
+    middle, rest = rest.split("{b}")
+    before, after = rest.format(s="{s}", **words).split("{s}")
+    (first, one), (second, other) = who.items()
+    pieces = [
+        (start, None),
+        (one, first),
+        (middle, None),
+        (other, second),
+        (before, None),
+        (giver, "s2"),
+        (after.removesuffix(" to"), None),
+        (" to", "end"),
+    ]
+    prompt, (answer, foil) = ask(tokenizer, pieces, [f" {name}" for name in options])
+    return prompt._replace(answer=answer, foil=foil)
+
+
+def drawn(draw: random.Random, names: list[str], count: int) -> tuple[list[str], str, dict[str, str]]:
+    """Names, a template, and the words that fill it."""
+    people = draw.sample(names, count)
+    words = {"place": draw.choice(PLACES), "gift": draw.choice(GIFTS)}
+    return people, draw.choice(TEMPLATES), words
+
+
+def in_order(row: int, io: str, s1: str) -> dict[str, str]:
+    """The two persons in the order in which they are named: the receiver first in even rows."""
+    return {"io": io, "s1": s1} if row % 2 == 0 else {"s1": s1, "io": io}

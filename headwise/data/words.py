@@ -21,6 +21,28 @@ NOUNS = _list(
     "farmer apple lemon salt sugar gold silver glass wood moon star island forest"
 )
 
+EVENTS = _list("war siege trial drought reign journey project marriage strike debate festival exhibition")
+ARGUMENTS = _list(
+    "load size files last path name text key value index count data mode label width height offset limit target "
+    "source model config query user group order page line color node image state event time parent field"
+)
+FUNCTIONS = _list("port run make build open read send find move check sort merge write update")
+COLOURS = _list("red blue green yellow black white orange purple pink brown")
+OBJECTS = _list("cup pen hat book bag ball key box lamp chair shirt coin plate spoon table clock")
+GROCERIES = _list(
+    "milk bread soap paper rice salt sugar butter cheese fish fruit tea coffee flour honey juice water meat wine oil "
+    "corn glue tape string rope paint chalk wool"
+)
+WOMEN = _list(
+    "Mary Anna Alice Emma Laura Susan Sarah Kate Ruth Helen Lucy Jane Sophie Maria Julia Rachel Rebecca Amy Lisa Karen "
+    "Linda Nancy Carol"
+)
+MEN = _list(
+    "John James David Tom Bob Jack Peter Paul Mark Adam Simon Frank George Henry Martin Robert William Thomas Richard "
+    "Charles Daniel Michael Kevin Brian Steven"
+)
+ROLES = _list("friend cook teacher neighbour singer dancer doctor writer driver player guest host")
+
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
     "England": "London", "Ireland": "Dublin", "Scotland": "Edinburgh", "Norway": "Oslo", "Sweden": "Stockholm",
