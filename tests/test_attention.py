@@ -1,5 +1,7 @@
 """The attention room: a contract that every method keeps, use on models and gone afterwards, and truths by hand."""
 
+import sys
+
 import pytest
 import torch
 from families import FAMILIES
@@ -11,7 +13,7 @@ from headwise.attention import CCA, FlexPrefill, Landmark, StreamingPrefill
 from headwise.attention.flex_prefill import _cover, _divergence
 from headwise.attention.landmark import with_landmarks
 from headwise.method import catalogue, load
-from headwise.mixing import AttentionMethod, causal, softmax_scores, use, visible
+from headwise.mixing import AttentionMethod, causal, per_head, softmax_scores, use, visible
 from headwise.models import fingerprint
 from headwise.tap import tap
 
@@ -374,6 +376,26 @@ def test_landmarks_whatever_is_looked_up(top, length):
     assert pattern[..., 4::5].abs().max() == 0
     blocks = pattern.unflatten(-1, (6, 5)).sum(-1)[:, :, -1] > 0
     assert (blocks.sum(-1) == (6 if top is None else 1 + top)).all()
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_far_blocks_may_seem_nearer(top):
+    """Positions of a block that is far beyond reach do not matter; within reach nothing changes."""
+    q, k, v = values(40, 40)
+    method = Landmark(block=4, top=top, reach=3)
+    torch.testing.assert_close(method.attend(q, k, v), method.naive(q, k, v), rtol=1e-5, atol=1e-5)
+    plain = Landmark(block=4, top=top)
+    torch.testing.assert_close(method.attend(q, k, v)[:, :, :20], plain.attend(q, k, v)[:, :, :20])
+    assert (method.attend(q, k, v) - plain.attend(q, k, v))[:, :, 20:].abs().max() > 1e-3
+    model = FAMILIES["llama"].build()
+    rotary, at = model.model.rotary_emb, torch.arange(40)[None]
+    turn = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    plain_q, plain_k = q[:1, :, -1:], k[:1]
+    turned, far = turn(plain_q, plain_k, *(x[:, -1:] for x in rotary(q, at)))[0], turn(k[:1], k[:1], *rotary(q, at))[0]
+    moved = turn(k[:1], k[:1], *rotary(q, (at + 20).where(at < 5, at)))[0]  # block 0 is 7 back, and seems 3 back
+    scores = Landmark(block=4, reach=3)._scores(turned, per_head(far, 4), torch.tensor([7]))
+    expected = turned @ per_head(moved, 4).transpose(2, 3)
+    torch.testing.assert_close(scores[..., :5], expected[..., :5], rtol=1e-4, atol=1e-4)
 
 
 def test_one_block_is_a_plain_softmax():
