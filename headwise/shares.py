@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from headwise.anatomy import Anatomy, anatomy
 from headwise.matmul import fast_matmul
-from headwise.narrow import Window, alone, checked, narrowed
+from headwise.narrow import Window, alone, checked, kv_heads, narrowed
 from headwise.progress import hidden
 from headwise.score import Score
 from headwise.site import Unit
@@ -210,6 +210,42 @@ def descend(
     return [
         Step(full, full / count, float(lost[i]), float(found[i]), tuple(order[full:])) for i, full in enumerate(counts)
     ]
+
+
+def peel(
+    model: PreTrainedModel,
+    batch: Batch,
+    window: Window | None = None,
+    *,
+    whole: bool = True,
+    leave: float = 0.67,
+    at_once: int = 4,
+    label: str | None = None,
+) -> list[str]:
+    """KV heads in the order of their need, most needed first, each measured while less needed ones stream already.
+
+    A head whose work another one does as well is not needed alone; it is, once the other is gone. So the least needed
+    third is turned to streaming, the rest is measured again, and so on.
+
+    Args:
+        leave: share of the heads that stay after each round, above 0 and below 1.
+        whole, at_once: see `answers`.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+    if not 0 < leave < 1:
+        raise ValueError(f"leave is {leave}; allowed is above 0 and below 1.")
+    full, gone = kv_heads(model), []
+    while full:
+        one_more = [[*gone, unit] for unit in full]
+        got = answers(model, batch, one_more, window, whole=whole, at_once=at_once, label=label)
+        kept = dict(zip(full, got.logprob.mean(-1).tolist(), strict=True))
+        full.sort(key=lambda unit: kept[unit])
+        least = full[min(len(full) - 1, int(len(full) * leave)) :]
+        full = full[: len(full) - len(least)]
+        gone += reversed(least)
+    return gone[::-1]
 
 
 def smallest(steps: Sequence[Step], keep: float = 0.95) -> Step:
