@@ -31,8 +31,6 @@ class LaundryList(Task):
     def make(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0) -> Batch:
         """Spans "item_0".. (the list, in order), "swapped" (the foil among the items that are there) and "end".
 
-        `about["items"]` is the field; the place of the answer in the list is that of its id under the item spans.
-
         Raises:
             ValueError: there are not 2 to 20 items, or fewer of the words than items are one token for this tokenizer.
         """
