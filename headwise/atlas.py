@@ -40,6 +40,21 @@ _READOUTS = {
 }  # fmt: skip
 
 
+BENCH = {
+    "cache": pl.String,
+    "at": pl.Int64,
+    "bytes": pl.Int64,
+    "share": pl.Float64,
+    "prefill_s": pl.Float64,
+    "decode_ms": pl.Float64,
+    "peak_mb": pl.Float64,
+    "kept": pl.Float64,
+    "retrieval": pl.Float64,
+    "nll": pl.Float64,
+    "when": pl.String,
+}
+
+
 @dataclass(frozen=True)
 class Atlas:
     """A folder of scores, claims, patterns and read-outs of one model.
@@ -168,6 +183,29 @@ class Atlas:
             return self.score(name, step).table
         frames = [self.score(n, step).table.with_columns(score=pl.lit(n)) for n in self.names(step)]
         return pl.concat(frames) if frames else pl.DataFrame()
+
+    # Plans and measurements of caches
+
+    def plans(self) -> dict[str, Path]:
+        """{name: file} of the plans that are kept."""
+        return {file.stem: file for file in sorted((self.path / "plans").glob("*.json"))}
+
+    def add_bench(self, rows: list[dict[str, Any]]) -> None:
+        """Keep measurements of caches; those of the same cache and length are replaced.
+
+        Columns: cache, at (tokens), bytes, share (of the full cache's), prefill_s, decode_ms (a token), peak_mb,
+        kept (share of the full cache's right answers), retrieval, nll (nats a token), when.
+        """
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        new = pl.DataFrame([{**row, "when": when} for row in rows], schema=BENCH)
+        old = self.bench().join(new.select("cache", "at"), on=("cache", "at"), how="anti")
+        table = pl.concat([old, new])
+        write_aside(self.path / "bench.parquet", lambda p: table.write_parquet(p, compression="snappy"))
+
+    def bench(self) -> pl.DataFrame:
+        """Measurements of caches, one row a cache and length; empty where none were made."""
+        file = self.path / "bench.parquet"
+        return pl.read_parquet(file) if file.is_file() else pl.DataFrame(schema=BENCH)
 
     # Claims
 

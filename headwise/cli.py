@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise import __version__
+from headwise.cli_cache import bench_command, plan_command
 from headwise.progress import hidden
 from headwise.terminal import (
     INTERRUPTED,
@@ -142,6 +143,7 @@ def map_command(
                 print_scores(scores)
         else:
             atlas = _map(opened, tokenizer, folder, thorough, n, seed)
+            atlas.note(source=model)
             if not as_json:
                 print_roles(atlas)
         if as_json:
@@ -230,6 +232,10 @@ def replicate(
             print_table(columns, [tuple(str(row[key]) for key in columns) for row in rows], stretch=(1, 2, 3, 4))
         if failed:
             raise ValueError(" ".join(failed))
+
+
+app.command("plan")(plan_command)
+app.command("bench")(bench_command)
 
 
 def main() -> None:

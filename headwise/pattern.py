@@ -149,8 +149,9 @@ def to_kv_heads(score: Score, model: "PreTrainedModel") -> Score:
     body = anatomy(model)
     groups = [body.group(layer, index) for layer, index in score.table.select("layer", "index").iter_rows()]
     table = score.table.with_columns(pl.Series("index", groups, dtype=pl.Int64))
+    table = table.with_columns(pl.col("value").fill_nan(None))
     best = table.sort("value", descending=True, nulls_last=True).group_by("layer", "index", maintain_order=True).first()
-    best = best.sort("layer", "index")
+    best = best.sort("layer", "index").with_columns(pl.col("value").fill_null(float("nan")))
     names = [str(Unit("", layer, "G", index)) for layer, index in best.select("layer", "index").iter_rows()]
     best = best.with_columns(pl.Series("unit", names, dtype=pl.String)).select(list(COLUMNS))
     return Score(score.name, best, "kv", score.evidence, score.about, score.step)

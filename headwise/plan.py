@@ -14,11 +14,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from headwise.anatomy import anatomy
 from headwise.attach import attach, detach
 from headwise.kv_cache import CacheMethod, KVCache, kv_units
 from headwise.method import Method, load
 from headwise.models import fingerprint, name_of
+from headwise.pattern import to_kv_heads
 from headwise.score import Score, release
 from headwise.store import Turn
 from headwise.writing import write_aside
@@ -335,13 +335,8 @@ def kv_values(model: PreTrainedModel, score: Score) -> dict[str, float]:
     Raises:
         ValueError: the score says nothing of some KV head.
     """
-    body = anatomy(model)
-    values: dict[str, float] = {}
-    for row in score.table.iter_rows(named=True):
-        index = row["index"] if score.kind == "kv" else body.group(row["layer"], row["index"])
-        unit = f"L{row['layer']}.G{index}"
-        if row["value"] == row["value"]:
-            values[unit] = max(row["value"], values.get(unit, float("-inf")))
+    table = (score if score.kind == "kv" else to_kv_heads(score, model)).table
+    values = {unit: value for unit, value in table.select("unit", "value").iter_rows() if value == value}
     missing = [unit for unit in kv_units(model) if unit not in values]
     if missing:
         raise ValueError(f"The score {score.name} says nothing of {missing[0]} and {len(missing) - 1} more KV heads.")

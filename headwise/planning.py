@@ -1,0 +1,262 @@
+"""Making a plan: rank the KV heads, choose by what a few prompts keep, and let a test on other prompts decide.
+
+1. Rankings: every score that says which heads fetch things from far back, on KV heads.
+2. Choice: for each ranking and each way of treating the other heads, a cache of the wanted size answers dev prompts.
+3. Trial: on prompts that nothing was chosen by, the full cache, the plan, random heads and streaming of equal bytes.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from headwise import quality
+from headwise.kv_cache import CacheMethod, KVCache, kv_units
+from headwise.method import load
+from headwise.plan import Plan, Trial, as_data, held_share, kv_values, named_method
+from headwise.progress import hidden
+from headwise.score import Score, provenance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headwise.atlas import Atlas
+    from headwise.quality import Quality
+
+log = logging.getLogger(__name__)
+
+# Method, its fields, its task, the task's fields, prompts. What each needs is small, so that a plan takes minutes.
+RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
+    "retrieval": ({}, "needle", {"length": 500}, 9),
+    "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
+    "duo_gate": ({"steps": 60}, "passkeys", {"length": 700, "passkeys": 3, "asked": 3}, 12),
+    "need": ({"dtype": "bfloat16"}, "passkeys", {"length": 400, "passkeys": 3, "asked": 3}, 6),
+}
+KEEP, LOSS = 0.95, 0.05
+RULE = (
+    f"On prompts that chose nothing, at least {KEEP:.0%} of the answers that the full cache gets right are right too, "
+    f"and held-out text loses at most {LOSS} nats a token."
+)
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a plan is made.
+
+    Attributes:
+        bytes: key-value bytes at `at` tokens, as a share of what keeping everything takes, above 0, at most 1.
+        at: tokens for which the bytes are counted.
+        test_at: tokens of the prompts of choice and trial.
+        then: what a chosen head gets; rest: what the others may get, each tried in turn.
+        rankings: names of scores to choose by; None for all of RANKINGS.
+        thorough: more prompts in the trial.
+    """
+
+    bytes: float = 0.4
+    at: int = 8192
+    test_at: int = 1024
+    then: CacheMethod = field(default_factory=lambda: named_method("preallocated"))
+    rest: Sequence[CacheMethod] = field(default_factory=lambda: (named_method("duo"), named_method("duo:whole=true")))
+    rankings: tuple[str, ...] | None = None
+    seed: int = 0
+    thorough: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bytes <= 1:
+            raise ValueError(
+                f"bytes is {self.bytes}; it is a share of the full cache, above 0 and at most 1: there are no more."
+            )
+        if self.at < 1 or self.test_at < 64:
+            raise ValueError(
+                f"at is {self.at} and test_at {self.test_at}; allowed are at >= 1 and test_at >= 64 tokens."
+            )
+        unknown = [name for name in self.rankings or () if name not in RANKINGS]
+        if unknown:
+            raise ValueError(f"There is no ranking {unknown[0]!r}; allowed are {', '.join(RANKINGS)}.")
+
+
+def make_plan(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    making: Making | None = None,
+    atlas: "Atlas | None" = None,
+) -> Plan:
+    """A plan for this model, tried on it. Scores that the atlas has are not made again, and new ones are kept there.
+
+    Raises:
+        ValueError: fewer bytes than the treatment of every head takes, or no ranking could be made.
+    """
+    making = making or Making()
+    counts = {method: _count(model, making, method) for method in making.rest}
+    scores, skipped = _scores(model, tokenizer, making, atlas)
+    if not scores:
+        raise ValueError(f"No ranking of KV heads could be made: {' '.join(skipped.values())}")
+    choices = _choices(model, making, scores, counts)
+    best = _best(model, tokenizer, making, choices)
+    evidence = {unit: {name: round(values[unit], 6) for name, values in scores.items()} for unit in kv_units(model)}
+    about = {
+        "bytes": making.bytes,
+        "at": making.at,
+        "test_at": making.test_at,
+        "seed": making.seed,
+        "ranking": best.ranking,
+        "dev": {choice.name: round(choice.right, 4) for choice in choices},
+        "skipped": skipped,
+        "when": _now(),
+    }
+    plan = Plan.of(model, {"rest": best.rest, "full": making.then}, dict.fromkeys(best.full, "full"), evidence=evidence)
+    plan = replace(plan, about=about)
+    return replace(plan, trial=try_plan(model, tokenizer, plan, making))
+
+
+@dataclass
+class _Choice:
+    """One way to fill the budget: these KV heads full, the rest treated so."""
+
+    ranking: str
+    rest: CacheMethod
+    full: list[str]
+    right: float = 0.0
+
+    @property
+    def name(self) -> str:
+        fields = ",".join(f"{k}={v}" for k, v in as_data(self.rest)["fields"].items())
+        return f"{self.ranking} / {as_data(self.rest)['method']}({fields})"
+
+
+def _count(model: "PreTrainedModel", making: Making, rest: CacheMethod) -> int:
+    """How many KV heads can be kept by `then` within the budget when the others get `rest`."""
+    least, most = held_share(rest, making.at), held_share(making.then, making.at)
+    if making.bytes < least:
+        raise ValueError(
+            f"{making.bytes:.0%} of the bytes at {making.at} tokens is less than {as_data(rest)['method']} takes when "
+            f"it treats every head: {least:.1%}. Ask for more bytes, a longer text (at), or a smaller window."
+        )
+    total = len(kv_units(model))
+    return total if most <= making.bytes else int((making.bytes - least) / (most - least) * total + 1e-9)
+
+
+def _scores(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", making: Making, atlas: "Atlas | None"
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """{ranking: {KV head: value}}, and why others are left out."""
+    found: dict[str, dict[str, float]] = {}
+    skipped: dict[str, str] = {}
+    names = making.rankings or tuple(RANKINGS)
+    for name in tqdm(names, desc="rankings", disable=hidden(), leave=False):
+        fields, task, about, n = RANKINGS[name]
+        try:
+            # Prompts of another seed than those of choice and trial.
+            maker: Any = load(f"data.{task}")(**about)
+            batch = maker.make(tokenizer, n, making.seed + 2000).to(model.device)
+            method: Any = load(f"heads.{name}")(**fields)
+            score: Score | None = atlas.made(provenance(method, model, batch)) if atlas else None
+            if score is None:
+                score = method.score(model, batch)
+                if atlas is not None:
+                    atlas.add(score)
+            found[name] = kv_values(model, score)
+        except ValueError as problem:
+            skipped[name] = str(problem)
+            log.warning("ranking %s is left out: %s", name, problem)
+    return found, skipped
+
+
+def _choices(
+    model: "PreTrainedModel", making: Making, scores: Mapping[str, dict[str, float]], counts: Mapping[CacheMethod, int]
+) -> list[_Choice]:
+    """Every ranking, and the mean of their ranks, with every treatment of the rest."""
+    units = kv_units(model)
+    order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
+    if len(order) > 1:
+        place = {unit: sum(one.index(unit) for one in order.values()) for unit in units}
+        order["all ranks"] = sorted(units, key=lambda unit: place[unit])
+    return [_Choice(name, rest, order[name][: counts[rest]]) for rest in making.rest for name in order]
+
+
+def _best(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", making: Making, choices: list[_Choice]
+) -> _Choice:
+    """The choice whose cache gets most tokens of the dev answers right; the earlier one where two are equal."""
+    if len(choices) > 1:
+        batches = quality.prompts(tokenizer, making.test_at, making.seed + 1000, quick=True)
+        batches = {name: batches[name].take(list(range(2))) for name in quality.RETRIEVAL}
+        total = len(choices) * sum(map(len, batches.values()))
+        with tqdm(total=total, desc="choosing", disable=hidden(), leave=False) as bar:
+            for choice in choices:
+                cache = _maker(model, dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest), making.then)
+                rights = [
+                    quality.retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update)
+                    .tokens.float()
+                    .mean()
+                    for batch in batches.values()
+                ]
+                choice.right = float(sum(rights)) / len(rights)
+    return max(choices, key=lambda choice: choice.right)
+
+
+def try_plan(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan, making: Making | None = None
+) -> Trial:
+    """The acceptance test of a plan: full cache, plan, two draws of random heads, and streaming of equal bytes."""
+    making = making or Making()
+    caches = {"full": None, **contestants(model, plan, making)}
+    found = quality.compare(model, tokenizer, caches, making.test_at, making.seed, quick=not making.thorough)
+    full, mine = found["full"], found["plan"]
+    kept, loss = mine.kept(full), mine.nll - full.nll
+    rivals = [found[name].kept(full) for name in found if name.startswith("random")]
+    rows = [_row(name, one, full) for name, one in found.items()]
+    accepted = kept >= KEEP and loss <= LOSS
+    says = (
+        f"The plan keeps {kept:.0%} of the full cache's right answers and loses {loss:+.3f} nats a token, at "
+        f"{mine.bytes / full.bytes:.0%} of its bytes at {making.test_at} tokens; random heads of equal bytes keep "
+        f"{sum(rivals) / len(rivals):.0%}, streaming of equal bytes {found['streaming'].kept(full):.0%}."
+    )
+    return Trial(accepted, says, RULE, rows)
+
+
+def contestants(model: "PreTrainedModel", plan: Plan, making: Making) -> "dict[str, Callable[[], KVCache]]":
+    """The plan, random heads in its place (two draws), one window for all heads; all of equal bytes at `test_at`."""
+    units = kv_units(model)
+    treatments = plan.treatments()
+    made: dict[str, Callable[[], KVCache]] = {"plan": _maker(model, treatments)}
+    for draw in range(2):
+        mixed = random.Random(f"random heads {making.seed} {draw}").sample(units, len(units))
+        made[f"random {draw + 1}"] = _maker(model, dict(zip(mixed, (treatments[unit] for unit in units), strict=True)))
+    rest = next(iter(plan.legend.values()))
+    sink = getattr(rest, "sink", 16)
+    room = max(1, round(plan.share_of_bytes(making.test_at) * making.test_at) - sink)
+    whole = getattr(rest, "whole", False)
+    window = named_method(f"duo:sink={sink},recent={room},whole={'true' if whole else 'false'}")
+    made["streaming"] = _maker(model, dict.fromkeys(units, window))
+    return made
+
+
+def _maker(
+    model: "PreTrainedModel", treatments: Mapping[str, CacheMethod], others: CacheMethod | None = None
+) -> "Callable[[], KVCache]":
+    everything = dict(treatments) if others is None else {**dict.fromkeys(kv_units(model), others), **treatments}
+    return lambda: KVCache(model, everything)
+
+
+def _row(name: str, one: "Quality", full: "Quality") -> dict[str, Any]:
+    return {
+        "name": name,
+        "bytes": round(one.bytes),
+        "share": round(one.bytes / full.bytes, 4),
+        "kept": round(one.kept(full), 4),
+        "retrieval": round(one.retrieval, 4),
+        "accuracy": {task: round(value, 4) for task, value in one.accuracy.items()},
+        "n": dict(one.n),
+        "nll": round(one.nll, 4),
+        "at": one.at,
+    }
+
+
+def _now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,175 @@
+"""Plans: the file, what is refused, attaching; and what a KV cache method is as plain data."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import DynamicCache
+
+from headwise.attach import attach, attached, caching, detach
+from headwise.bench import cost, dynamic, static
+from headwise.cache.duo import Duo
+from headwise.cache.preallocated import Preallocated
+from headwise.kv_cache import KVCache, kv_units
+from headwise.plan import Plan, Trial, as_data, from_data, held_share, kv_values, named_method
+from headwise.score import Score
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FAMILIES["llama"].build()
+
+
+def _score(model, kind: str) -> Score:
+    from headwise.heads.induction import Induction
+
+    config = model.config
+    count = config.num_key_value_heads if kind == "kv" else config.num_attention_heads
+    values = {n: torch.arange(count).float() + n for n in range(config.num_hidden_layers)}
+    return Score.of_heads(Induction(), model, None, values, kind=kind)
+
+
+def _plan(model, accepted: bool | None = True) -> Plan:
+    plan = Plan.top(model, _score(model, "kv"), 0.5, rest=Duo(2, 4))
+    trial = None if accepted is None else Trial(accepted, "It was so.", "a rule", [{"name": "full"}])
+    return Plan(**{**vars(plan), "trial": trial})
+
+
+def _ids(model, length: int = 24) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_file_round_trip(model, tmp_path):
+    plan = _plan(model)
+    plan.save(tmp_path / "p.json")
+    again = Plan.load(tmp_path / "p.json")
+    assert again.data() == plan.data()
+    assert not list(tmp_path.glob("*.part"))
+    plan.save_pretrained(tmp_path / "folder")
+    assert Plan.from_pretrained(tmp_path / "folder").treatments() == plan.treatments()
+
+
+def test_top_takes_the_best_share_and_the_best_query_head_of_a_group(model):
+    units = kv_units(model)
+    plan = _plan(model)
+    values = kv_values(model, _score(model, "kv"))
+    full = [unit for unit, name in plan.heads.items() if name == "full"]
+    assert len(full) == round(len(units) / 2)
+    assert min(values[unit] for unit in full) >= max(values[unit] for unit in units if unit not in full)
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert kv_values(model, _score(model, "head"))["L0.G0"] == groups - 1
+
+
+def test_attached_plan_is_used_by_generate_and_leaves_no_trace(model):
+    ids, names = _ids(model), {name: value.clone() for name, value in model.state_dict().items()}
+    before = model.config._attn_implementation
+    own = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    plan = _plan(model)
+    plan.attach(model)
+    assert attached(model)
+    out = model.generate(
+        ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True
+    )
+    assert isinstance(out.past_key_values, KVCache)
+    assert out.past_key_values.get_seq_length() == ids.shape[1] + 7
+    plan.detach(model)
+    assert not attached(model) and model.config._attn_implementation == before
+    assert "_prepare_cache_for_generation" not in vars(model)
+    again = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(own, again)
+    assert all(torch.equal(value, names[name]) for name, value in model.state_dict().items())
+
+
+def test_rejected_and_untried_plans_need_force(model):
+    with pytest.raises(ValueError, match="was rejected: It was so. force=True"):
+        _plan(model, False).attach(model)
+    with pytest.raises(ValueError, match="never tried"):
+        _plan(model, None).attach(model)
+    assert not attached(model)
+    _plan(model, False).attach(model, force=True)
+    with pytest.raises(ValueError, match="attached already"):
+        _plan(model).attach(model)
+    detach(model)
+    with pytest.raises(ValueError, match="No cache plan is attached"):
+        detach(model)
+
+
+def test_plan_of_another_model_is_refused_and_the_model_untouched(model):
+    plan = _plan(model)
+    other = FAMILIES["llama"].build()
+    with torch.no_grad():
+        next(iter(other.parameters())).mul_(1.5)
+    with pytest.raises(ValueError, match="with weights"):
+        plan.attach(other)
+    with pytest.raises(ValueError, match="layers of"):
+        plan.attach(FAMILIES["gpt2"].build())
+    assert not attached(other)
+
+
+def test_bad_files(model, tmp_path):
+    with pytest.raises(ValueError, match="There is no plan"):
+        Plan.load(tmp_path / "none.json")
+    good = _plan(model).data()
+    cases = {
+        "torn": json.dumps(good)[:200],
+        "format": json.dumps({**good, "format": "headwise.plan/99"}),
+        "method": json.dumps({**good, "legend": {"full": {"method": "cache.nothing", "fields": {}}}}),
+        "room": json.dumps({**good, "legend": {"full": {"method": "heads.induction", "fields": {}}}}),
+        "field": json.dumps({**good, "legend": {"full": {"method": "cache.duo", "fields": {"size": 1}}}}),
+        "treatment": json.dumps({**good, "heads": {"L0.G0": {"treatment": "gone", "scores": {}}}}),
+    }
+    for name, text in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match="is not a headwise plan"):
+            Plan.load(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="There is no plan"):
+        Plan.from_pretrained(tmp_path / "folder")
+
+
+def test_heads_that_do_not_exist(model):
+    with pytest.raises(ValueError, match=r"L0\.G99 is no KV head .* Did you mean"):
+        Plan.of(model, {"full": Preallocated(), "stream": Duo()}, {"L0.G99": "stream"})
+    with pytest.raises(ValueError, match="the legend of this plan has full"):
+        Plan.of(model, {"full": Preallocated()}, {"L0.G0": "stream"})
+    with pytest.raises(ValueError, match="allowed is 0 to 1"):
+        Plan.top(model, _score(model, "kv"), 1.5)
+
+
+def test_methods_as_data():
+    assert from_data(as_data(Duo(3, 5))) == Duo(3, 5)
+    assert named_method("duo:sink=3,recent=5") == Duo(3, 5)
+    for text, words in (("duo:sink", "name=value"), ("duo:sink=many", "no number"), ("duo:size=3", "no field")):
+        with pytest.raises(ValueError, match=words):
+            named_method(text)
+
+
+def test_bytes_are_measured_not_claimed(model):
+    assert held_share(Preallocated(), 1000) == pytest.approx(1)
+    assert held_share(Duo(8, 24), 1000) == pytest.approx(0.032)
+    plan = _plan(model)
+    ids = _ids(model, 60)
+    with caching(model), torch.no_grad():
+        cache = plan.new_cache(model, reserve=60)
+        model(input_ids=ids, past_key_values=cache)
+        own = DynamicCache(config=model.config)
+        model(input_ids=ids, past_key_values=own)
+    size = sum(one.keys.nbytes + one.values.nbytes for one in own.layers)
+    assert cache.bytes() / size == pytest.approx(plan.share_of_bytes(60), rel=1e-6)
+
+
+def test_cost_measures_all_contestants_on_the_same_prompt(model):
+    ids = _ids(model, 40)
+    units = kv_units(model)
+    caches = {
+        "dynamic": dynamic(model),
+        "static": static(model, 60),
+        "duo": lambda: KVCache(model, dict.fromkeys(units, Duo(2, 6))),
+    }
+    found = {one.name: one for one in cost(model, caches, ids, tokens=2, rounds=3, prefills=2)}
+    assert list(found) == list(caches)
+    assert all(len(one.decodes) == 3 and len(one.prefills) == 2 and one.decode > 0 for one in found.values())
+    assert found["duo"].bytes < found["dynamic"].bytes < found["static"].bytes
+    with pytest.raises(ValueError, match="1 or more of each"):
+        cost(model, {}, ids)
