@@ -60,7 +60,7 @@ def streaming(sink: int, recent: int, pads: Tensor) -> Callable[[str, Tensor, Te
 
 
 def compensated_logits(
-    model, ids: Tensor, pads: Tensor, turns: list[int], sink: int, recent: int, share: float
+    model, ids: Tensor, pads: Tensor, turns: list[int], sink: int, recent: int, share: float, layers: set[int]
 ) -> Tensor:
     """RazorAttention, naively: the score of a dropped token is the mean score of all that were dropped for its query.
 
@@ -80,7 +80,8 @@ def compensated_logits(
         return torch.where(away, mean, scores)
 
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(listen(model, [(site, handler) for site in anatomy(model).resolve("scores")]))
+        sites = [site for site in anatomy(model).resolve("scores") if site.layer in layers]
+        stack.enter_context(listen(model, [(site, handler) for site in sites]))
         mask = (torch.arange(length) >= pads[:, None]).long()
         return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits
 
