@@ -64,17 +64,15 @@ class Pairs(Task):
         rows = [self._coded(tokenizer, where, pairs[where]) for where in places]
         about = {"places": places}
         if self.file:
-            content = Path(self.file).expanduser().read_bytes()
-            about["sha256"] = hashlib.sha256(content).hexdigest()[:16]
+            about["sha256"] = hashlib.sha256(Path(self.file).expanduser().read_bytes()).hexdigest()[:16]
         heads = [shared_start([row.answer, row.foil]) if row.foil else 0 for row in rows]
-        tails = zip(rows, heads, strict=True)
-        if all({len(row.answer) - head, len(row.foil or row.answer) - head} == {1} for row, head in tails):
+        if all(
+            {len(row.answer), len(row.foil or row.answer)} == {head + 1} for row, head in zip(rows, heads, strict=True)
+        ):
             return self._short(tokenizer, rows, heads, seed, about)
         batch = self._long(tokenizer, rows, [row.answer for row in rows], seed, about)
-        if not rows[0].foil:
-            return batch
-        against = self._long(tokenizer, rows, [row.foil for row in rows], seed, about | {"answers": "foils"})
-        return replace(batch, against=against)
+        foils = [row.foil for row in rows if row.foil]
+        return replace(batch, against=self._long(tokenizer, rows, foils, seed, about)) if foils else batch
 
     def _coded(self, tokenizer: PreTrainedTokenizerBase, where: str, pair: Pair) -> Coded:
         ids, answer = self._joined(tokenizer, where, pair.prompt, pair.answer)
@@ -118,8 +116,7 @@ class Pairs(Task):
         """One token decides in every row."""
         clean, corrupt = [], []
         for row, head in zip(rows, heads, strict=True):
-            lead = row.answer[:head]
-            end = len(row.ids) + head
+            lead, end = row.answer[:head], len(row.ids) + head
             spans = {"prompt": (0, len(row.ids)), "end": (end - 1, end)}
             foil = row.foil[head] if row.foil else 0
             clean.append(Prompt(row.ids + lead, spans, row.text, row.answer[head], foil))
@@ -135,8 +132,7 @@ class Pairs(Task):
         first, fill = start_ids(tokenizer), pad_id(tokenizer)
         ids, mask = pad_left([first + row.ids + end[:-1] for row, end in zip(rows, ends, strict=True)], fill)
         width, most = ids.shape[1], max(map(len, ends))
-        places = torch.arange(most)
-        sizes = torch.tensor([[len(end)] for end in ends])
+        places, sizes = torch.arange(most), torch.tensor([[len(end)] for end in ends])
         at = (width - sizes + places).clamp(max=width - 1)
         lengths = torch.tensor([len(row.ids) for row in rows])
         spans = {"prompt": torch.stack([at[:, 0] + 1 - lengths, at[:, 0] + 1], 1)}
