@@ -8,21 +8,63 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from headwise.data import agreement
+from headwise.data.agreement import Agreement
 from headwise.data.capitals import Capitals
 from headwise.data.capitals_conflict import CapitalsConflict
+from headwise.data.coloured_objects import ColouredObjects
 from headwise.data.digits_images import DigitImages
+from headwise.data.docstring import Docstring
+from headwise.data.greater_than import GreaterThan
 from headwise.data.induction import Induction
 from headwise.data.ioi import IOI, TEMPLATES
+from headwise.data.ioi_abc import IOIABC
+from headwise.data.ioi_symmetric import IOISymmetric
+from headwise.data.laundry_list import LaundryList
 from headwise.data.layout import one_token_words, ordinary_ids, start_ids
 from headwise.data.multiple_choice import MultipleChoice
 from headwise.data.needle import STEM, Needle
 from headwise.data.neutral import NeutralText
+from headwise.data.pair_file import Pair
+from headwise.data.pairs import Pairs
 from headwise.data.planted_words import lexicon
+from headwise.data.pronouns import Pronouns
 from headwise.data.prose import sentences
+from headwise.data.random_labels import RandomLabels
 from headwise.data.repeated_tokens import RepeatedTokens
 from headwise.data.successor import Successor
-from headwise.data.words import CAPITALS, GIFTS, NAMES, NOUNS, ORDERED, PLACES
+from headwise.data.two_hop import COUNTRY_OF, TwoHop
+from headwise.data.words import (
+    ARGUMENTS,
+    CAPITALS,
+    COLOURS,
+    EVENTS,
+    GIFTS,
+    GROCERIES,
+    MEN,
+    NAMES,
+    NOUNS,
+    OBJECTS,
+    ORDERED,
+    PLACES,
+    ROLES,
+    WOMEN,
+)
 
+OWN = tuple(
+    Pair(f"{a} and {b} gave a ring to", b, a, f"{a} and {a} gave a ring to")
+    for a, b in zip(NAMES, NAMES[9:29], strict=False)
+)
+PHRASES = (
+    "Q: On the table, I see a an and. What color is the\nA:",
+    "Answer: I need to buy, and. I already have the and the, so I still need the",
+    "So is such a good, isn't she he it",
+    "def self, param",
+)
+GROUPS = (
+    WOMEN, MEN, ROLES, ARGUMENTS, COLOURS, OBJECTS, GROCERIES,
+    agreement.LINKS, agreement.NOUNS, agreement.NOUNS.values(), "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+)  # fmt: skip
 TASKS = [
     RepeatedTokens(length=20),
     RepeatedTokens(length=9, repeats=4),
@@ -36,6 +78,19 @@ TASKS = [
     Successor(),
     Successor(between=""),
     NeutralText(length=40),
+    IOIABC(),
+    IOISymmetric(),
+    GreaterThan(),
+    Docstring(),
+    ColouredObjects(),
+    LaundryList(),
+    LaundryList(items=2),
+    RandomLabels(),
+    TwoHop(),
+    Agreement(),
+    Pronouns(),
+    Pairs(pairs=OWN),
+    Pairs(pairs=tuple(pair._replace(answer=f"{pair.answer} and {pair.foil}") for pair in OWN)),
 ]
 
 
@@ -54,6 +109,9 @@ def corpus() -> list[str]:
     texts += [f'Which option is "{noun}"?\nA. {noun}\nAnswer: A' for noun in NOUNS] * 3
     texts += [f"{STEM} {i}.\n{STEM} {i}." for i in range(10)]
     texts += [" and ".join(["and", *words]) for words in ORDERED.values()] * 10
+    texts += [*PHRASES, *(" and ".join(["", *group, "is"]) for group in GROUPS)] * 10
+    texts += [f"The {event} lasted from the year 1732 to the year 17" for event in EVENTS] * 3
+    texts += [f"{place} is a place in {land}." for place, land in COUNTRY_OF.items()]
     return texts
 
 
@@ -102,7 +160,10 @@ def marked_words() -> PreTrainedTokenizerFast:
 
 MAKERS = {"bytes": byte_level, "pieces": word_piece, "marked": marked_words, "words": lambda: lexicon(100).tokenizer}
 CANNOT = {
-    ("words", "Capitals"), ("words", "CapitalsConflict"), ("words", "MultipleChoice"),
+    ("words", "Passkeys"), ("words", "KeyValues"), ("words", "HeldOut"),
+    ("words", "Verbatim"), ("words", "Capitals"), ("words", "CapitalsConflict"), ("words", "MultipleChoice"),
+    ("words", "GreaterThan"), ("words", "Docstring"), ("words", "ColouredObjects"), ("words", "LaundryList"),
+    ("words", "RandomLabels"), ("words", "TwoHop"), ("words", "Agreement"), ("words", "Pronouns"),
 }  # fmt: skip
 
 
@@ -167,7 +228,12 @@ def test_corrupt_prompts_differ_only_where_they_must(task, tokenizer, kind):
     assert changed.any(1).all()
     columns = torch.arange(batch.ids.shape[1])
     places = {"IOI": ["s2"], "Capitals": ["country"], "CapitalsConflict": ["stated"], "Needle": ["needle"],
-              "MultipleChoice": ["asked"]}  # fmt: skip
+              "MultipleChoice": ["asked"], "IOISymmetric": ["s2"], "IOIABC": ["io", "s1", "s2"],
+              "GreaterThan": ["start"], "Docstring": ["argument_2", "argument_3"], "ColouredObjects": ["asked"],
+              "LaundryList": ["swapped"], "RandomLabels": ["asked"], "TwoHop": ["place"], "Agreement": ["subject"],
+              "Pronouns": ["name"],
+              "Passkeys": ["hidden_0", "hidden_1", "hidden_2"], "KeyValues": ["hidden_0", "hidden_1"],
+              "Verbatim": ["hidden_0"]}  # fmt: skip
     allowed = torch.zeros_like(changed)
     for name in places.get(type(task).__name__, []):
         low, high = batch.spans[name].T[..., None]
