@@ -12,8 +12,12 @@ import venv
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-PEERS = {"transformer_lens": "transformer-lens==4.3.0", "nnsight": "nnsight==0.8.1"}
-SHOWN = ("torch", "transformers", "transformer-lens", "nnsight", "numpy")
+PEERS = {
+    "transformer_lens": "transformer-lens==4.3.0",
+    "nnsight": "nnsight==0.8.1",
+    "kvpress": "kvpress==0.5.5",
+}
+SHOWN = ("torch", "transformers", "transformer-lens", "nnsight", "kvpress", "numpy")
 
 
 def folder_of(given: str | None) -> Path:

@@ -1,0 +1,227 @@
+"""KV caches side by side on the default model: seconds, bytes, peaks, answers, and identical tokens.
+
+python bench/cache.py time [--lengths 2048 4096 8192]    decoding and prefill, contestants in turns in one process
+python bench/cache.py memory [--length 8192]             bytes of tensors and process peak, one process a contestant
+python bench/cache.py same [--prompts 20]                tokens of the lossless cache against plain generate
+python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, kvpress
+Results go to bench/results/cache_*.json; docs/bench.md is made from them by bench/report.py.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import env
+import machine
+import race
+import torch
+
+from headwise import open_model, quality
+from headwise.attach import attach, detach
+from headwise.bench import cost, dynamic, static
+from headwise.cache.adakv import AdaKV
+from headwise.cache.duo import Duo
+from headwise.cache.preallocated import Preallocated
+from headwise.cache.snapkv import SnapKV
+from headwise.kv_cache import KVCache, kv_units
+from headwise.plan import Plan
+
+TOKENS, ROUNDS = 8, 7
+
+
+def half(model, share: float, seed: int = 0) -> dict:
+    """Treatments in which a share of the KV heads is full; which ones matters not for time and bytes."""
+    units = kv_units(model)
+    mixed = random.Random(f"bench cache {seed}").sample(units, len(units))
+    return dict.fromkeys(mixed[round(share * len(units)) :], Duo())
+
+
+def contestants(model, at: int) -> dict[str, Callable]:
+    """Makers of caches that know their final length, as `generate` tells it."""
+    most = at + TOKENS * (ROUNDS + 1) + 1
+    made: dict[str, Callable] = {"DynamicCache": dynamic(model), "StaticCache": static(model, most)}
+    made["all full"] = lambda: KVCache(model, {}, most)
+    for share in (0.5, 0.3):
+        made[f"{share:.0%} full"] = lambda share=share: KVCache(model, half(model, share), most)
+    return made
+
+
+def text(tokenizer, at: int) -> torch.Tensor:
+    """Held-out text [1, at]."""
+    return quality.prompts(tokenizer, at)["text"].ids[:1, :at]
+
+
+def about() -> dict:
+    """Machine, versions, time."""
+    return {"machine": machine.facts(), "versions": race.particulars_of_ours()}
+
+
+def timing(lengths: list[int], prefills: int) -> None:
+    """Decoding and prefill at each length; what was measured before at other lengths is kept."""
+    model, tokenizer = open_model()
+    file = race.RESULTS / "cache_time.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    for at in lengths:
+        load = os.getloadavg()[0]
+        found = cost(
+            model, contestants(model, at), text(tokenizer, at), tokens=TOKENS, rounds=ROUNDS, prefills=prefills
+        )
+        rows = [row for row in rows if row["at"] != at]
+        rows += [{**asdict(one), "load": [round(load, 1), round(os.getloadavg()[0], 1)]} for one in found]
+        race.save("cache_time", {**about(), "rows": rows})
+
+
+def memory(length: int) -> None:
+    """Peak growth of a process that reads `length` tokens and decodes 64, one process a contestant, five times each."""
+    rows = []
+    for turn in range(5):
+        for name in ("DynamicCache", "StaticCache", "all full", "50% full", "30% full"):
+            done = subprocess.run(
+                [sys.executable, __file__, "one", "--contestant", name, "--length", str(length)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            rows.append({"turn": turn, **json.loads(done.stdout.splitlines()[-1])})
+    race.save("cache_memory", {**about(), "length": length, "rows": rows})
+
+
+def one(name: str, length: int) -> None:
+    """One contestant of `memory`, printed as JSON."""
+    model, tokenizer = open_model()
+    ids = text(tokenizer, length)
+    made = contestants(model, length)[name]
+    cost(model, {"warm": dynamic(model)}, ids[:, :64], tokens=1, rounds=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (found,) = cost(model, {name: made}, ids, tokens=32, rounds=1, chunk=1024)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"name": name, "bytes": found.bytes, "peak": found.peak, "maxrss_grew": (after - before) * 1024}))
+
+
+def same(prompts: int) -> None:
+    """Greedy tokens of plain generate and of the lossless cache, on prompts of 100 to 1500 tokens, in float32."""
+    model, tokenizer = open_model()
+    equal, lengths = 0, []
+    draw = random.Random("same")
+    for seed in range(prompts):
+        length = draw.randint(100, 1500)
+        ids = quality.prompts(tokenizer, max(256, length), seed)["text"].ids[:1, :length]
+        how = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        plain = model.generate(ids, **how)
+        attach(model, Preallocated())
+        ours = model.generate(ids, **how)
+        detach(model)
+        equal += int(torch.equal(plain, ours))
+        lengths.append(length)
+    race.save("cache_same", {**about(), "prompts": prompts, "tokens": 64, "identical": equal, "lengths": lengths})
+
+
+def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
+    """Answers kept by the plan and by what the field would use, at equal bytes."""
+    from headwise.planning import Making
+    from headwise.planning import contestants as rivals
+
+    model, tokenizer = open_model()
+    plan = Plan.load(plan_file)
+    plan.check(model)
+    units = kv_units(model)
+    share = plan.share_of_bytes(length)
+    room = round(share * length)
+    caches: dict[str, Callable | None] = {"full": None, **rivals(model, plan, Making(test_at=length))}
+    caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)))
+    caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)))
+    batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
+    found = quality.compare(model, tokenizer, caches, length, 7, given=batches)
+    rows = [
+        {
+            "name": name,
+            "bytes": round(one.bytes),
+            "share": one.bytes / found["full"].bytes,
+            "kept": one.kept(found["full"]),
+            "accuracy": one.accuracy,
+            "n": one.n,
+            "nll": one.nll,
+        }
+        for name, one in found.items()
+    ]
+    result = {**about(), "plan": plan.count(), "length": length, "rows": rows}
+    if kvpress:
+        result["kvpress"] = in_kvpress(plan, tokenizer, batches, room / length)
+    race.save("cache_quality", result)
+
+
+def parts_of(batch, row: int) -> list:
+    """[context, [[question, answer], ...]] as token ids; each question begins behind the last answer before it."""
+    mask = batch.inputs.get("attention_mask")
+    pads = 0 if mask is None else int((mask[row] == 0).sum())
+    ids, columns = batch.ids[row, pads:].tolist(), [int(column) - pads for column in batch.at[row]]
+    start = int(batch.spans["question"][row, 0]) - pads if "question" in batch.spans else columns[0]
+    start = min(start, columns[0])
+    asked, begin = [], start
+    runs = [[0]]
+    for i in range(1, len(columns)):
+        if columns[i] == columns[i - 1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    for run in runs:
+        asked.append([ids[begin : columns[run[0]] + 1], [int(batch.answer[row, i]) for i in run]])
+        begin = columns[run[-1]] + 2
+    return [ids[:start], asked]
+
+
+def in_kvpress(plan: Plan, tokenizer, batches: dict, share: float) -> dict:
+    """The same prompts through kvpress, in its own environment: the same head mask, and its own presses."""
+    from headwise.models import default_model_path
+
+    python = env.python_of("kvpress", env.folder_of(None))
+    tasks = {}
+    for task in quality.RETRIEVAL:
+        batch = batches[task]
+        tasks[task] = [parts_of(batch, row) for row in range(len(batch))]
+    full = [unit for unit, name in plan.heads.items() if name == "full"]
+    given = {"model": str(default_model_path()), "tasks": tasks, "full": full, "share": share}
+    with tempfile.TemporaryDirectory() as room:
+        file = Path(room) / "given.json"
+        file.write_text(json.dumps(given))
+        worker = Path(__file__).parent / "kvpress_worker.py"
+        done = subprocess.run([python, str(worker), str(file)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"kvpress failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("time", "memory", "one", "same", "quality"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--prefills", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--contestant", default="")
+    parser.add_argument("--plan")
+    parser.add_argument("--thorough", action="store_true")
+    parser.add_argument("--kvpress", action="store_true")
+    given = parser.parse_args()
+    if given.job == "time":
+        timing(given.lengths, given.prefills)
+    elif given.job == "memory":
+        memory(given.length)
+    elif given.job == "one":
+        one(given.contestant, given.length)
+    elif given.job == "same":
+        same(given.prompts)
+    else:
+        answers(given.plan, given.length, given.thorough, given.kvpress)
+
+
+if __name__ == "__main__":
+    main()
