@@ -3,20 +3,25 @@
 Shared by the cache methods that keep every key and choose which of them a query reads.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from headwise.rotary import Rotate
-from headwise.store import Buffer, Store, Turn
+from headwise.store import Buffer, Store, Turn, mix
 
 
 def columns_of(x: Tensor, columns: Tensor) -> Tensor:
-    """The entries of x [B, H, T, d] at columns [B, H or 1, K] -> [B, H, K, d]; columns outside give the nearest one."""
+    """The entries of x [B, H, T, d] at columns [B, H or H*G, K] -> [B, H or H*G, K, d].
+
+    Columns beside the tensor are taken for the nearest in it; the caller hides what it gets for them.
+    """
+    heads = torch.arange(max(x.shape[1], columns.shape[1]), device=x.device) * x.shape[1]
+    heads = heads // max(x.shape[1], columns.shape[1])
     rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    heads = torch.arange(x.shape[1], device=x.device)[None, :, None]
-    return x[rows, heads, columns.clamp(0, x.shape[2] - 1)]
+    return x[rows, heads[None, :, None], columns.clamp(0, x.shape[2] - 1)]
 
 
 def rotation_of(turn: Turn, method: str) -> Rotate:
@@ -28,6 +33,36 @@ def rotation_of(turn: Turn, method: str) -> Rotate:
             "layer; this model has others. cache.pages leaves positions as they are."
         )
     return rotate
+
+
+def received(q: Tensor, k: Tensor, seen: Tensor, real: Tensor, scale: float) -> Tensor:
+    """Attention that keys k [B, H, K, d] get among themselves from q [B, H*G, Q, d], summed over queries: [B, H, K].
+
+    seen [B or 1, 1, Q, K] says who sees whom, real [B, Q] which queries count.
+    """
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = (grouped @ k[:, :, None].transpose(3, 4)).float() * scale
+    pattern = scores.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1)
+    return (pattern * real[:, None, None, :, None]).sum((2, 3))
+
+
+def mix_near_and_far(
+    q: tuple[Tensor, Tensor],
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor],
+    seen: tuple[Tensor, Tensor],
+    turn: Turn,
+) -> Tensor:
+    """One softmax over near keys, met by the queries q[0] [B, H*G, Q, d], and far ones, met by q[1].
+
+    Each kind of key fills half of the channels, with zeros in the other half.
+
+    Args:
+        near, far: keys and values of each kind. seen: [B or 1, 1, Q, near] and [B, 1, Q, far]. turn: with its scale.
+    """
+    k = [torch.cat(pair, 3) for pair in ((near[0], torch.zeros_like(near[0])), (torch.zeros_like(far[0]), far[0]))]
+    visible = torch.cat([seen[0].expand(len(seen[1]), -1, -1, -1), seen[1]], 3)
+    return mix(torch.cat(q, 3), torch.cat(k, 2), torch.cat([near[1], far[1]], 2), visible, turn)
 
 
 class Bounds(Buffer):
@@ -87,10 +122,35 @@ class Bounds(Buffer):
         if self.length:
             self.first = self.first.index_select(0, rows)
 
+    def clear(self) -> None:
+        """Hold nothing."""
+        super().clear()
+        self.first, self.least, self.padded = torch.empty(0), 0, False
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that are held."""
         yield from super().tensors()
-        yield self.first
+        if self.length:
+            yield from (self.first,) if self.length else ()
+
+
+class Appended(Buffer):
+    """A buffer that is written behind its end only, so that a copy may share its memory."""
+
+    def __deepcopy__(self, _: dict) -> "Appended":
+        return copy.copy(self)
+
+
+class Offloaded(Appended):
+    """Keys and values in host memory, whatever device they come from."""
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Copy k [B, H, Q, d] and v [B, H, Q, dv] to the host, behind what is there."""
+        super().append(k.cpu(), v.cpu())
+
+    def pick(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        super().pick(rows.cpu())
 
 
 class Shelf(Buffer):
@@ -107,10 +167,11 @@ class Shelf(Buffer):
     def drop(self, tokens: int) -> None:
         """Let go of the first tokens; their memory is freed."""
         if tokens > 0:
-            k, v, self.start = self.k[:, :, tokens:].clone(), self.v[:, :, tokens:].clone(), self.start + tokens
-            super().clear()
+            k, v, start = self.k[:, :, tokens:], self.v[:, :, tokens:], self.start + tokens
+            self.clear()
             if k.shape[2]:
                 self.append(k, v)
+            self.start = start
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -119,37 +180,61 @@ class Shelf(Buffer):
 
 
 class Replaying(Store):
-    """A store whose turns are taken back by reading what stays of them once more: what it keeps depends on queries."""
+    """A store in which what is kept depends on queries: what stays of a turn that is taken back is read once more.
+
+    Attributes:
+        first: [B] the first real column of each row; least: the smallest of them; padded: whether any row is padded.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = torch.empty(0)
+        self.least, self.padded = 0, False
         self._queries: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
-        """`read`, with the queries kept where recording is on."""
+        """`read`, with what is needed to take the turn back where recording is on."""
         if self.recording:
             self._past.append((self._state() | {"_queries": q}, k, v, turn))
+        if turn.past == 0:
+            self.first = q.new_zeros(q.shape[0], dtype=torch.long) if turn.pads is None else turn.pads.clone()
+            self.padded = turn.pads is not None
+            self.least = int(self.first.min()) if self.padded else 0
         return self.read(q, k, v, turn)
 
     def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
         """Read the first tokens of a turn that was taken back."""
         assert self._queries is not None
-        q, self._queries = self._queries, None
-        self.read(q[:, :, : k.shape[2]], k, v, turn)
+        q, self._queries = self._queries[:, :, : k.shape[2]], None
+        self.attend(q, k, v, turn)
 
     def crop(self, tokens: int) -> None:
         """Take the last tokens back. Raises ValueError: more tokens than the recorded turns held."""
         super().crop(tokens)
         self._queries = None
 
+    def finished(self, column: int, offset: int, size: int, done: Tensor) -> "Iterator[tuple[int, Tensor]]":
+        """(number of a block, rows [R] in which it is new): blocks of `size` that end before a column.
 
-class Offloaded(Buffer):
-    """A buffer in host memory, whatever device keys come from."""
+        The first block of a row begins `offset` columns after the row's first; done [B] counts those known before.
+        """
+        most = max(0, (column - self.least - offset) // size)
+        if not self.padded:
+            every = torch.arange(len(done), device=done.device)
+            yield from ((number, every) for number in range(int(done[0]), most))
+            return
+        there = (column - self.first - offset) // size
+        for number in range(int(done.min()), most):
+            rows = ((done <= number) & (number < there)).nonzero()[:, 0]
+            if len(rows):
+                yield number, rows
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Copy k [B, H, Q, d] and v [B, H, Q, dv] to the host, behind what is there."""
-        super().append(k.cpu(), v.cpu())
 
-    def pick(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        super().pick(rows.cpu())
+def cuts(length: int, single: int, size: int) -> list[tuple[int, int]]:
+    """A turn of `length` tokens in parts: one by one up to `single` tokens, else of `size` each, counted from its end.
+
+    Counted from the end, parts fall on the same tokens of a text whatever padding stands before it.
+    """
+    size = 1 if length <= single else size
+    edges = [max(0, stop) for stop in range(length, -size, -size)][::-1]
+    return list(zip(edges[:-1], edges[1:], strict=True))

@@ -227,6 +227,11 @@ class KVLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing to do."""
 
+    def offloaded(self) -> Iterator[Tensor]:
+        """Those of the tensors that were sent to host memory."""
+        for part in self.parts:
+            yield from part.store.offloaded()
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is held for this layer's tokens."""
         for part in self.parts:
@@ -274,8 +279,15 @@ class KVCache(Cache):
 
     def bytes(self) -> int:
         """Bytes of the memory behind the tensors, each piece counted once; buffers with their reserve."""
-        storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in self.tensors()}
-        return sum(storages.values())
+        return _bytes(self.tensors())
+
+    def offloaded_bytes(self) -> int:
+        """Bytes of what methods such as `infllm` sent to host memory; `bytes` counts them too."""
+        return _bytes(one for layer in self.layers if isinstance(layer, KVLayer) for one in layer.offloaded())
+
+    def resident_bytes(self) -> int:
+        """Bytes of what stays where the model runs."""
+        return self.bytes() - self.offloaded_bytes()
 
 
 @dataclass
@@ -301,6 +313,11 @@ class _Everything(CacheMethod):
 
 
 _EVERYTHING = _Everything()
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:

@@ -112,54 +112,82 @@ def _openly(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, turn: Turn, ca
     return z.transpose(1, 2)
 
 
+class Codec(ABC):
+    """Another way to write keys or values down, token by token."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, H, Q, d] as tensors whose first three axes are the same."""
+
+    @abstractmethod
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """[B, H, Q, d] again, as well as it can be had."""
+
+
 class Buffer:
     """Keys and values [B, H, length, d], written in place into memory that is reserved ahead and grows by a quarter.
 
     Attributes:
         length: tokens it holds.
         reserve: tokens to make room for at first, where the final length is known; 0 where it is not.
+        codable: whether what it holds may be rounded (`write_in`).
     """
+
+    codable = True
 
     def __init__(self, reserve: int = 0) -> None:
         self.reserve = reserve
         self.length = 0
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+        self._codec: Codec | None = None
+        self._k: tuple[Tensor, ...] = ()
+        self._v: tuple[Tensor, ...] = ()
 
     @property
     def k(self) -> Tensor:
-        """[B, H, length, d], a view."""
-        return self._room("_k")[:, :, : self.length]
+        """[B, H, length, d]; a view, unless a codec is in use."""
+        return self._read(self._k)
 
     @property
     def v(self) -> Tensor:
-        """[B, H, length, dv], a view."""
-        return self._room("_v")[:, :, : self.length]
+        """[B, H, length, dv]; a view, unless a codec is in use."""
+        return self._read(self._v)
 
-    def _room(self, name: str) -> Tensor:
-        value = getattr(self, name)
-        if value is None:
+    def _read(self, rooms: tuple[Tensor, ...]) -> Tensor:
+        if not rooms:
             raise RuntimeError("Nothing has been written to this buffer yet.")
-        return value
+        parts = tuple(room[:, :, : self.length] for room in rooms)
+        return parts[0] if self._codec is None else self._codec.decode(parts)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Write k [B, H, Q, d] and v [B, H, Q, dv] behind what is there."""
         end = self.length + k.shape[2]
-        room = 0 if self._k is None else self._k.shape[2]
-        if end > room:
-            size = max(end, self.reserve) if self._k is None else max(end, int(room * GROWTH) + 1)
-            # One after the other, so that at most one of the old tensors is held twice.
-            self._k = self._grown(self._k, k, size)
-            self._v = self._grown(self._v, v, size)
-        self._room("_k")[:, :, self.length : end] = k
-        self._room("_v")[:, :, self.length : end] = v
+        # One after the other, so that at most one of the old tensors is held twice.
+        self._k = self._written(self._k, k, end)
+        self._v = self._written(self._v, v, end)
         self.length = end
 
-    def _grown(self, old: Tensor | None, like: Tensor, size: int) -> Tensor:
-        new = like.new_empty(like.shape[0], like.shape[1], size, like.shape[3])
-        if old is not None:
-            new[:, :, : self.length] = old[:, :, : self.length]
-        return new
+    def _written(self, rooms: tuple[Tensor, ...], new: Tensor, end: int) -> tuple[Tensor, ...]:
+        parts = (new,) if self._codec is None else self._codec.encode(new)
+        room = rooms[0].shape[2] if rooms else 0
+        if end > room:
+            size = max(end, int(room * GROWTH) + 1 if rooms else self.reserve)
+            wider = [one.new_empty(*one.shape[:2], size, one.shape[3]) for one in parts]
+            for one, old in zip(wider, rooms, strict=bool(rooms)):
+                one[:, :, : self.length] = old[:, :, : self.length]
+            rooms = tuple(wider)
+        for one, part in zip(rooms, parts, strict=True):
+            one[:, :, self.length : end] = part
+        return rooms
+
+    def write_in(self, codec: Codec) -> None:
+        """From now on hold everything by this codec, what is there included."""
+        if not self.codable or self._codec is codec:
+            return
+        there = (self.k, self.v) if self._k else None
+        self.reserve = max(self.reserve, self._k[0].shape[2] if there else 0)
+        self.length, self._codec, self._k, self._v = 0, codec, (), ()
+        if there is not None:
+            self.append(*there)
 
     def crop(self, tokens: int) -> None:
         """Forget the last tokens."""
@@ -167,19 +195,19 @@ class Buffer:
 
     def pick(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may come twice."""
-        if self._k is not None:
-            self._k, self._v = (self._room(name).index_select(0, rows) for name in ("_k", "_v"))
+        self._k = tuple(one.index_select(0, rows) for one in self._k)
+        self._v = tuple(one.index_select(0, rows) for one in self._v)
 
     def clear(self) -> None:
         """Hold nothing."""
-        self.length, self._k, self._v = 0, None, None
+        self.length, self._k, self._v = 0, (), ()
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that are held."""
-        yield from (one for one in (self._k, self._v) if one is not None)
+        yield from (*self._k, *self._v)
 
 
-def _inside(value: Any) -> "list[Buffer | Store]":
+def inside(value: Any) -> "list[Buffer | Store]":
     """The buffers and stores that an attribute of a store holds."""
     values = value if isinstance(value, list) else [value]
     return [one for one in values if isinstance(one, Buffer | Store)]
@@ -190,7 +218,7 @@ def _held(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        for one in _inside(value):
+        for one in inside(value):
             yield from one.tensors()
 
 
@@ -259,7 +287,7 @@ class Store(ABC):
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.index_select(0, rows))
-            for one in _inside(value):
+            for one in inside(value):
                 one.pick(rows)
 
     def clear(self) -> None:
@@ -268,7 +296,7 @@ class Store(ABC):
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, None)
-            for one in _inside(value):
+            for one in inside(value):
                 one.clear()
 
     def tensors(self) -> Iterator[Tensor]:
@@ -276,6 +304,10 @@ class Store(ABC):
         yield from _held(vars(self).values())
         for state, k, v, turn in self._past:
             yield from _held([k, v, turn.mask, turn.pads, *state.values()])
+
+    def offloaded(self) -> Iterator[Tensor]:
+        """Those of the tensors that were sent to host memory; none unless a method says so."""
+        return iter(())
 
     def _state(self) -> dict:
         kept = {name: value for name, value in vars(self).items() if name not in ("_past", "recording")}
@@ -292,16 +324,18 @@ def mix_all(q: Tensor, k: Tensor, v: Tensor, buffer: Buffer, turn: Turn) -> Tens
     """Append new keys and values to a buffer, and let the new queries see all of it in causal order -> z."""
     length = k.shape[2]
     buffer.append(k, v)
+    if length < buffer.length:
+        k, v = buffer.k, buffer.v
     if turn.mask is None and turn.pads is None:
         if length == 1:
-            return mix(q, buffer.k, buffer.v, None, turn)
+            return mix(q, k, v, None, turn)
         if length == buffer.length:
             return mix(q, k, v, None, turn, causal=True)
     seen = turn.mask
     if seen is None:
         keys = torch.arange(buffer.length, device=q.device)
         seen = turn.seen(turn.columns(length, q.device), keys)
-    return mix(q, buffer.k, buffer.v, seen, turn)
+    return mix(q, k, v, seen, turn)
 
 
 class Full(Store):

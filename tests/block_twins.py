@@ -82,3 +82,93 @@ def pages(method) -> Policy:
         return z
 
     return policy
+
+
+def parts(start: int, stop: int, single: int, size: int) -> list[list[int]]:
+    """The tokens of a turn in parts that look together, counted from its end."""
+    if stop - start <= single:
+        return [[at] for at in range(start, stop)]
+    found, end = [], stop
+    while end > start:
+        found.append(list(range(max(start, end - size), end)))
+        end -= size
+    return found[::-1]
+
+
+def moved(rotate, x: Tensor, by: list[int]) -> Tensor:
+    """Vectors [T, d], each as if it stood so many positions later."""
+    return rotate(x[None, None], torch.tensor(by))[0, 0] if by else x
+
+
+def infllm(method, rotate) -> Policy:
+    """InfLLM: each far key is carried to the one far distance from each query that reads it."""
+    far = method.recent + method.block
+
+    def fit(q: Tensor, k: Tensor, marks: list[list[list[int]]], together: list[int]) -> list[float]:
+        """How well each block fits the queries that look together."""
+        groups, fits = len(q) // len(k), []
+        for mark in marks:
+            total = 0.0
+            for head in range(len(q)):
+                there = mark[head // groups]
+                for p in together:
+                    keys = moved(rotate, k[head // groups, there], [p - far - j for j in there])
+                    total += float(q[head, p] @ keys.mean(0)) / len(together)
+            fits.append(total)
+        return fits
+
+    def policy(q: Tensor, k: Tensor, v: Tensor, turns: list[tuple[int, int]], scale: float) -> Tensor:
+        heads, length = k.shape[:2]
+        groups = len(q) // heads
+        z, received, marks = q.new_zeros(*q.shape[:2], v.shape[-1]), torch.zeros(heads, length), []
+        for together in (part for turn in turns for part in parts(*turn, method.single, method.chunk)):
+            while method.sink + (len(marks) + 1) * method.block <= together[0] - method.recent + 1:
+                low = method.sink + len(marks) * method.block
+                got = received[:, low : low + method.block].topk(method.representatives).indices + low
+                marks.append(got.tolist())
+            near = method.sink + len(marks) * method.block if marks else 0
+            fits = fit(q, k, marks, together)
+            chosen = sorted(range(len(marks)), key=lambda m: -fits[m])[: method.blocks]
+            away = list(range(method.sink)) if marks else []
+            away += [method.sink + m * method.block + i for m in chosen for i in range(method.block)]
+            for head in range(len(q)):
+                for p in together:
+                    local, mine = list(range(near, p + 1)), k[head // groups]
+                    keys = torch.cat([moved(rotate, mine[away], [p - far - j for j in away]), mine[local]])
+                    z[head, p] = softmaxed(q[head, p], keys, v[head // groups, away + local], scale)
+                    received[head // groups, local] += (mine[local] @ q[head, p] * scale).softmax(0)
+        return z
+
+    return policy
+
+
+def longheads(method, rotate) -> Policy:
+    """LongHeads: each query head's chunks are carried to where they touch."""
+    size = method.chunk
+
+    def known(q: Tensor, k: Tensor, v: Tensor, number: int, scale: float) -> Tensor:
+        there = slice(number * size, (number + 1) * size)
+        said = torch.stack([softmaxed(one, k[there], v[there], scale) for one in q[there]]).mean(0)
+        local = moved(rotate, k[there], [-number * size] * size)
+        return softmaxed(said, local, local, len(said) ** -0.5)
+
+    def policy(q: Tensor, k: Tensor, v: Tensor, turns: list[tuple[int, int]], scale: float) -> Tensor:
+        z, groups, n = q.new_zeros(*q.shape[:2], v.shape[-1]), len(q) // len(k), method.chunks - 1
+        looking = [part for turn in turns for part in parts(*turn, method.single, method.together)]
+        for head in range(len(q)):
+            mine, values = k[head // groups], v[head // groups]
+            keys = [known(q[head], mine, values, m, scale) for m in range(q.shape[1] // size)]
+            for together in looking:
+                own = together[0] // size
+                ask = moved(rotate, q[head, together], [-p for p in together]).mean(0)
+                fits = {m: torch.inf if m in (0, own - 1) else float(ask @ keys[m]) for m in range(own)}
+                chosen = sorted(sorted(fits, key=lambda m: -fits[m])[:n])
+                for p in together:
+                    read = [m * size + i for m in chosen for i in range(size)] + list(range(own * size, p + 1))
+                    places = range(len(read))
+                    laid = moved(rotate, mine[read], [place - j for place, j in zip(places, read, strict=True)])
+                    query = moved(rotate, q[head, [p]], [len(read) - 1 - p])[0]
+                    z[head, p] = softmaxed(query, laid, values[read], scale)
+        return z
+
+    return policy

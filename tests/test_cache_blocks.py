@@ -1,5 +1,7 @@
 """Caches that choose what is read: equal to their naive twins, and to the full cache where all is read."""
 
+from dataclasses import replace
+
 import block_twins
 import pytest
 import torch
@@ -8,8 +10,11 @@ from kv_twins import cached_logits
 
 from headwise.attach import attach, caching, detach
 from headwise.blocks import Bounds
+from headwise.cache.infllm import InfLLM
+from headwise.cache.longheads import LongHeads
 from headwise.cache.pages import Pages
 from headwise.kv_cache import kv_units
+from headwise.rotary import rotation
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +22,7 @@ def llama():
     return FAMILIES["llama"].build(seed=3)
 
 
-def text(rows: int = 2, length: int = 60, seed: int = 0) -> torch.Tensor:
+def text(rows: int = 2, length: int = 44, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -35,10 +40,10 @@ def same(ours: torch.Tensor, twin: torch.Tensor, pads: list[int]) -> None:
 
 SMALL = Pages(budget=16, page=4, piece=2, interval=2, single=4)
 TURNS = {
-    "token by token": [30] + [1] * 30,
-    "all at once": [60],
-    "in chunks": [20, 20, 3, 1, 1, 15],
-    "speculating": [31, 4, 3, 2, 1, 4, 4, 1, 3, 4, 3],
+    "token by token": [24] + [1] * 20,
+    "all at once": [44],
+    "in chunks": [16, 13, 3, 1, 1, 10],
+    "speculating": [25, 4, 3, 2, 1, 4, 4, 1],
 }
 
 
@@ -77,54 +82,11 @@ def test_bounds_after_taking_back_are_those_of_what_is_left():
     assert bool((bounds.k[:, :, other.length :] == torch.inf).all())
 
 
-@pytest.mark.parametrize("cut", [1, 3, 6])
-def test_pages_after_rollback_go_on_as_if_nothing_had_been(llama, cut):
-    ids = text(length=60)
-    turns = [30] + [1] * 30
-    plain, _ = through(llama, SMALL, ids, [0, 0], turns)
-    with caching(llama), torch.no_grad():
-        cache = SMALL.build(llama)
-        cache.activate_past_recording()
-        llama(ids[:, :30], past_key_values=cache)
-        start, out = 30, []
-        while start < 60:
-            # The last tokens of a turn are guesses that turn out wrong.
-            wrong = torch.cat([ids[:, start : start + 2], (ids[:, start + 2 : start + 2 + cut] + 1) % VOCAB], 1)[:, :4]
-            kept = min(2, 60 - start)
-            out.append(llama(wrong, past_key_values=cache).logits[:, :kept])
-            cache.crop(-(wrong.shape[1] - kept))
-            start += kept
-    torch.testing.assert_close(torch.cat(out, 1), plain[:, 30:], atol=1e-4, rtol=1e-4)
-
-
 def test_pages_read_no_more_than_their_budget(llama):
     ids = text(length=100)
     _, cache = through(llama, SMALL, ids, [0, 0], [40] + [1] * 60)
     stores = [part.store for layer in cache.layers for part in layer.parts]
     assert {store.read_tokens for store in stores} == {16}
-
-
-def test_pages_with_room_for_all_generate_the_same(llama):
-    ids = text(length=20)
-    for more in ({}, {"num_beams": 3}, {"prefill_chunk_size": 7}):
-        plain = llama.generate(ids, max_new_tokens=20, do_sample=False, **more)
-        attach(llama, Pages(budget=192))
-        try:
-            ours = llama.generate(ids, max_new_tokens=20, do_sample=False, **more)
-        finally:
-            detach(llama)
-        assert torch.equal(plain, ours)
-
-
-def test_pages_speculation_says_what_decoding_says(llama):
-    ids = text(rows=1, length=12).repeat(1, 3)
-    attach(llama, Pages(budget=16, page=4, piece=2, interval=2, single=12))
-    try:
-        plain = llama.generate(ids, max_new_tokens=40, do_sample=False)
-        guessed = llama.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5)
-    finally:
-        detach(llama)
-    assert torch.equal(plain, guessed)
 
 
 def test_half_streaming_half_pages_is_a_plan(llama):
@@ -137,7 +99,7 @@ def test_half_streaming_half_pages_is_a_plan(llama):
         out = llama.generate(text(), max_new_tokens=30, do_sample=False, num_beams=2)
     finally:
         detach(llama)
-    assert out.shape[1] == 90
+    assert out.shape[1] == 74
 
 
 @pytest.mark.parametrize(
@@ -146,3 +108,118 @@ def test_half_streaming_half_pages_is_a_plan(llama):
 def test_pages_refuse_sizes_that_do_not_fit(fields):
     with pytest.raises(ValueError, match=r"budget|page"):
         Pages(**fields)
+
+
+MEMORY = InfLLM(sink=2, recent=8, block=4, blocks=3, representatives=2, chunk=5, single=4)
+CHUNKS = LongHeads(chunk=4, chunks=5, together=3, single=4)
+MOVING = {"infllm": (MEMORY, block_twins.infllm), "longheads": (CHUNKS, block_twins.longheads)}
+
+
+@pytest.mark.parametrize("pads", [[0], [0, 7]], ids=["full rows", "padded"])
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("name", MOVING)
+def test_moving_methods_equal_their_twins(llama, name, turns, pads):
+    method, twin = MOVING[name]
+    ids = text(len(pads))
+    ours, _ = through(llama, method, ids, pads, turns)
+    same(ours, block_twins.twin_logits(llama, ids, pads, turns, twin(method, rotation(llama))), pads)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_moving_methods_give_padded_rows_what_they_get_alone(llama, name):
+    ids = text(2)
+    both, _ = through(llama, MOVING[name][0], ids, [0, 7], TURNS["token by token"])
+    alone, _ = through(llama, MOVING[name][0], ids[1:, 7:], [0], [17] + [1] * 20)
+    torch.testing.assert_close(both[1:, 7:], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 6])
+@pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
+def test_after_rollback_they_go_on_as_if_nothing_had_been(llama, method, cut):
+    ids = text()
+    plain, _ = through(llama, method, ids, [0, 0], [24] + [1] * 20)
+    with caching(llama), torch.no_grad():
+        cache = method.build(llama)
+        llama(ids[:, :24], past_key_values=cache)
+        cache.activate_past_recording()
+        start, out = 24, []
+        while start < 44:
+            # The last tokens of a turn are guesses that turn out wrong.
+            wrong = torch.cat([ids[:, start : start + 2], (ids[:, start + 2 : start + 2 + cut] + 1) % VOCAB], 1)[:, :4]
+            out.append(llama(wrong, past_key_values=cache).logits[:, :2])
+            cache.crop(-(wrong.shape[1] - 2))
+            start += 2
+    torch.testing.assert_close(torch.cat(out, 1), plain[:, 24:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [MEMORY, CHUNKS], ids=["infllm", "longheads"])
+def test_a_long_turn_can_be_taken_back_in_part(llama, method):
+    # 15 is a multiple of what looks together, so that the tokens that stay looked as they would have without the rest.
+    ids, stay = text()[:, :40], 25
+    plain, _ = through(llama, method, ids, [0, 5], [stay] + [1] * 15)
+    mask = (torch.arange(40) >= torch.tensor([0, 5])[:, None]).long()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with caching(llama), torch.no_grad():
+        cache = method.build(llama)
+        cache.activate_past_recording()
+        llama(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        cache.crop(stay - 40)
+        for at in range(stay, 40):
+            here = {"attention_mask": mask[:, : at + 1], "position_ids": positions[:, at : at + 1]}
+            z = llama(ids[:, at : at + 1], past_key_values=cache, **here).logits
+            torch.testing.assert_close(z, plain[:, at : at + 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
+def test_beams_run_and_speculation_says_what_decoding_says(llama, method):
+    # The first turn of prompt lookup holds the prompt and guesses; it is the same turn where all look token by token.
+    ids = text(rows=1, length=12).repeat(1, 3)
+    attach(llama, replace(method, single=64))
+    try:
+        alone = llama.generate(ids, max_new_tokens=30, do_sample=False)
+        assert torch.equal(alone, llama.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=3))
+        assert llama.generate(ids, max_new_tokens=12, do_sample=False, num_beams=3).shape == (1, 48)
+    finally:
+        detach(llama)
+
+
+@pytest.mark.parametrize(
+    "roomy", [Pages(), InfLLM(), LongHeads(), InfLLM(recent=120), LongHeads(chunk=4, chunks=60)], ids=str
+)
+def test_where_all_fits_they_generate_what_the_model_does(llama, roomy):
+    ids = text(length=20)
+    for more in ({}, {"num_beams": 3}, {"prefill_chunk_size": 7}, {"prompt_lookup_num_tokens": 3}):
+        ids = ids[:1] if "prompt_lookup_num_tokens" in more else ids
+        plain = llama.generate(ids, max_new_tokens=20, do_sample=False, **more)
+        attach(llama, roomy)
+        try:
+            ours = llama.generate(ids, max_new_tokens=20, do_sample=False, **more)
+        finally:
+            detach(llama)
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("method", [MEMORY, CHUNKS], ids=["infllm", "longheads"])
+def test_without_rotary_positions_nothing_is_moved(method):
+    model = FAMILIES["gpt2"].build()
+    with caching(model), pytest.raises(ValueError, match="moves keys to other positions"):
+        model(text(length=20), past_key_values=method.build(model))
+
+
+def test_what_is_offloaded_is_counted_apart(llama):
+    ids = text(rows=1, length=100)
+    _, cache = through(llama, MEMORY, ids, [0], [60] + [1] * 40)
+    _, full = through(llama, Pages(), ids, [0], [100])
+    assert cache.resident_bytes() + cache.offloaded_bytes() == cache.bytes()
+    assert cache.offloaded_bytes() >= 2 * 2 * 2 * 84 * 8 * 4
+    near = [part.store.near for layer in cache.layers for part in layer.parts]
+    assert max(one.length for one in near) < MEMORY.recent + 2 * MEMORY.block + MEMORY.chunk
+    assert full.offloaded_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: InfLLM(blocks=0), lambda: InfLLM(block=4, representatives=5), lambda: LongHeads(chunks=3)]
+)
+def test_sizes_that_cannot_be_are_refused(make):
+    with pytest.raises(ValueError, match="allowed are"):
+        make()
