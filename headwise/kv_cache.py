@@ -194,7 +194,8 @@ class KVLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative one.")
-        tokens = min(-tokens_to_remove, self.tokens)
+        # transformers 5.17 hands over a tensor, which later additions would change in place.
+        tokens = min(-int(tokens_to_remove), self.tokens)
         for part in self.parts:
             part.store.crop(tokens)
         self.tokens -= tokens
