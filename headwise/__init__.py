@@ -24,17 +24,24 @@ _NAMES = {
     "Claim": "claim",
     "Cut": "do",
     "Freeze": "do",
+    "KVCache": "kv_cache",
+    "Making": "planning",
     "Mask": "mask",
     "Mean": "do",
     "Patch": "do",
+    "Plan": "plan",
     "Project": "do",
     "Resample": "do",
     "Scale": "do",
     "Score": "score",
     "Zero": "do",
+    "attach": "attach",
+    "caching": "attach",
     "catalogue": "method",
+    "detach": "attach",
     "do": "do",
     "fingerprint": "models",
+    "make_plan": "planning",
     "map_model": "mapping",
     "open_model": "models",
     "prove": "verify",
@@ -75,10 +82,14 @@ sys.modules[__name__].__class__ = _Package
 
 if TYPE_CHECKING:
     from headwise import attention as attention
+    from headwise import cache as cache
     from headwise import circuits as circuits
     from headwise import data as data
     from headwise import heads as heads
     from headwise.atlas import Atlas as Atlas
+    from headwise.attach import attach as attach
+    from headwise.attach import caching as caching
+    from headwise.attach import detach as detach
     from headwise.claim import Claim as Claim
     from headwise.do import Add as Add
     from headwise.do import Cut as Cut
@@ -90,11 +101,15 @@ if TYPE_CHECKING:
     from headwise.do import Scale as Scale
     from headwise.do import Zero as Zero
     from headwise.do import do as do
+    from headwise.kv_cache import KVCache as KVCache
     from headwise.mapping import map_model as map_model
     from headwise.mask import Mask as Mask
     from headwise.method import catalogue as catalogue
     from headwise.models import fingerprint as fingerprint
     from headwise.models import open_model as open_model
+    from headwise.plan import Plan as Plan
+    from headwise.planning import Making as Making
+    from headwise.planning import make_plan as make_plan
     from headwise.score import Score as Score
     from headwise.tap import tap as tap
     from headwise.task import Batch as Batch
