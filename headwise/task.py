@@ -143,6 +143,27 @@ def pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def with_needle(batch: Batch) -> Batch:
+    """The batch with its needle said after the question, and answers at each of the needle's tokens."""
+    if "needle" not in batch.spans:
+        raise ValueError(f"{batch.about.get('task', 'This batch')} marks no span 'needle'; use data.needle.")
+    spans = batch.spans["needle"]
+    lengths = (spans[:, 1] - spans[:, 0]).unique().tolist()
+    if len(lengths) != 1 or lengths[0] < 1:
+        raise ValueError(
+            f"Needles of {', '.join(map(str, lengths))} tokens cannot stand side by side; make them equal."
+        )
+    ids, size = batch.ids, lengths[0]
+    needle = ids.gather(1, spans[:, :1] + torch.arange(size))
+    inputs = {k: v for k, v in batch.inputs.items() if k in ("input_ids", "attention_mask")}
+    inputs["input_ids"] = torch.cat([ids, needle[:, :-1]], 1)
+    if "attention_mask" in inputs:
+        more = torch.ones_like(needle[:, :-1])
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], more.to(inputs["attention_mask"].dtype)], 1)
+    at = ids.shape[1] - 1 + torch.arange(size).expand(len(ids), -1)
+    return replace(batch, inputs=inputs, at=at, answer=needle, foil=None, corrupt=None)
+
+
 def single_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> int:
     """The id of a word that is one token. Raises ValueError when the tokenizer splits it."""
     ids = tokenizer.encode(word, add_special_tokens=False)

@@ -16,10 +16,12 @@ from headwise.data.coloured_objects import ColouredObjects
 from headwise.data.digits_images import DigitImages
 from headwise.data.docstring import Docstring
 from headwise.data.greater_than import GreaterThan
+from headwise.data.held_out import HeldOut
 from headwise.data.induction import Induction
 from headwise.data.ioi import IOI, TEMPLATES
 from headwise.data.ioi_abc import IOIABC
 from headwise.data.ioi_symmetric import IOISymmetric
+from headwise.data.key_values import KeyValues
 from headwise.data.laundry_list import LaundryList
 from headwise.data.layout import one_token_words, ordinary_ids, start_ids
 from headwise.data.multiple_choice import MultipleChoice
@@ -27,6 +29,7 @@ from headwise.data.needle import STEM, Needle
 from headwise.data.neutral import NeutralText
 from headwise.data.pair_file import Pair
 from headwise.data.pairs import Pairs
+from headwise.data.passkeys import ALPHABET, Passkeys
 from headwise.data.planted_words import lexicon
 from headwise.data.pronouns import Pronouns
 from headwise.data.prose import sentences
@@ -34,6 +37,7 @@ from headwise.data.random_labels import RandomLabels
 from headwise.data.repeated_tokens import RepeatedTokens
 from headwise.data.successor import Successor
 from headwise.data.two_hop import COUNTRY_OF, TwoHop
+from headwise.data.verbatim import Verbatim
 from headwise.data.words import (
     ARGUMENTS,
     CAPITALS,
@@ -78,6 +82,13 @@ TASKS = [
     Successor(),
     Successor(between=""),
     NeutralText(length=40),
+    Passkeys(length=300),
+    Passkeys(length=420, passkeys=4, asked=3, words=3),
+    KeyValues(length=300),
+    KeyValues(length=400, pairs=6, asked=2, digits=3),
+    Verbatim(length=300),
+    Verbatim(length=250, words=8, shown=2, answers=5),
+    HeldOut(length=40),
     IOIABC(),
     IOISymmetric(),
     GreaterThan(),
@@ -109,6 +120,7 @@ def corpus() -> list[str]:
     texts += [f'Which option is "{noun}"?\nA. {noun}\nAnswer: A' for noun in NOUNS] * 3
     texts += [f"{STEM} {i}.\n{STEM} {i}." for i in range(10)]
     texts += [" and ".join(["and", *words]) for words in ORDERED.values()] * 10
+    texts += [ALPHABET, 'Passkey "dog":']
     texts += [*PHRASES, *(" and ".join(["", *group, "is"]) for group in GROUPS)] * 10
     texts += [f"The {event} lasted from the year 1732 to the year 17" for event in EVENTS] * 3
     texts += [f"{place} is a place in {land}." for place, land in COUNTRY_OF.items()]
@@ -235,7 +247,7 @@ def test_corrupt_prompts_differ_only_where_they_must(task, tokenizer, kind):
               "Passkeys": ["hidden_0", "hidden_1", "hidden_2"], "KeyValues": ["hidden_0", "hidden_1"],
               "Verbatim": ["hidden_0"]}  # fmt: skip
     allowed = torch.zeros_like(changed)
-    for name in places.get(type(task).__name__, []):
+    for name in batch.spans.keys() & places.get(type(task).__name__, []):
         low, high = batch.spans[name].T[..., None]
         allowed |= (columns >= low) & (columns < high)
     if type(task).__name__ in places:

@@ -3,7 +3,7 @@
 Row s066 of the mission.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from headwise.method import HeadMethod
 from headwise.pattern import answering
 from headwise.score import Score
 from headwise.tap import tap
-from headwise.task import Batch, answer_logits
+from headwise.task import Batch, answer_logits, with_needle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,24 +66,3 @@ class Retrieval(HeadMethod):
                 "a larger model, or a lower `gate`."
             )
         return Score.of_heads(self, model, batch, {layer: torch.cat(hit)[passed] for layer, hit in hits.items()})
-
-
-def with_needle(batch: Batch) -> Batch:
-    """The batch with its needle said after the question, and answers at each of the needle's tokens."""
-    if "needle" not in batch.spans:
-        raise ValueError(f"{batch.about.get('task', 'This batch')} marks no span 'needle'; use data.needle.")
-    spans = batch.spans["needle"]
-    lengths = (spans[:, 1] - spans[:, 0]).unique().tolist()
-    if len(lengths) != 1 or lengths[0] < 1:
-        raise ValueError(
-            f"Needles of {', '.join(map(str, lengths))} tokens cannot stand side by side; make them equal."
-        )
-    ids, size = batch.ids, lengths[0]
-    needle = ids.gather(1, spans[:, :1] + torch.arange(size))
-    inputs = {k: v for k, v in batch.inputs.items() if k in ("input_ids", "attention_mask")}
-    inputs["input_ids"] = torch.cat([ids, needle[:, :-1]], 1)
-    if "attention_mask" in inputs:
-        more = torch.ones_like(needle[:, :-1])
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], more.to(inputs["attention_mask"].dtype)], 1)
-    at = ids.shape[1] - 1 + torch.arange(size).expand(len(ids), -1)
-    return replace(batch, inputs=inputs, at=at, answer=needle, foil=None, corrupt=None)

@@ -19,12 +19,12 @@ from headwise.anatomy import anatomy
 from headwise.data import Needle, NeutralText, RepeatedTokens
 from headwise.do import Add, do
 from headwise.heads import Echo, RazorInduction
-from headwise.heads.retrieval import with_needle
 from headwise.models import open_model
 from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
 from headwise.score import Score
 from headwise.site import Unit
+from headwise.task import with_needle
 
 Kept = dict[str, int]
 

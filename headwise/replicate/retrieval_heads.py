@@ -14,14 +14,13 @@ from transformers import PreTrainedModel
 from headwise.data import Needle, RepeatedTokens
 from headwise.do import Zero, do
 from headwise.heads import Induction, Retrieval
-from headwise.heads.retrieval import with_needle
 from headwise.models import open_model
 from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
 from headwise.replicate.runs import whole_answers
 from headwise.score import Score
 from headwise.stats import spearman
-from headwise.task import Batch
+from headwise.task import Batch, with_needle
 
 
 @dataclass(frozen=True)
