@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headwise.mixing import AttentionMethod, Note, per_head, quiet
 
@@ -44,10 +45,13 @@ class Landmark(AttentionMethod):
             )
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, scale: float, note: Note = quiet) -> Tensor:
-        """Give z [B, H, Tq, dv]; the queries of one block at a time."""
+        """Give z [B, H, Tq, dv]; where only some blocks are read, the queries of one block at a time."""
         length, keys, size = q.shape[2], k.shape[2], self.block + 1
         past, heads = keys - length, q.shape[1]
         k, v = per_head(k, heads), per_head(v, heads)
+        if self.top is None:
+            note("read", torch.ones(q.shape[:2]))
+            return self._whole(q * scale, k, v)
         parts, read = [], torch.zeros(q.shape[:2])
         for own in range(past // size, (keys - 1) // size + 1):
             start, stop = max(past, own * size), min(keys, (own + 1) * size)
@@ -63,30 +67,38 @@ class Landmark(AttentionMethod):
         note("read", read / (length * past + length * (length + 1) / 2))
         return torch.cat(parts, 2)
 
-    def _block(self, q: Tensor, near: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, H, n, d] of one block: z, and how many scores of earlier blocks were computed, [B, H]."""
-        count = far_k.shape[2]
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All blocks at once, as in training."""
+        length, keys, size = q.shape[2], k.shape[2], self.block + 1
+        at = torch.arange(keys - length, keys, device=q.device)
+        k, v = (pad(x, (0, 0, 0, -keys % size)) for x in (k, v))
+        blocks = self._scores(q, k, at // size).unflatten(-1, (-1, size))
+        members, marks = blocks[..., :-1], blocks[..., -1]
+        numbers = torch.arange(marks.shape[-1], device=q.device)
+        there = numbers[:, None] * size + torch.arange(self.block, device=q.device)
+        own = (numbers[:, None] == (at // size)[:, None, None]) & (there <= at[:, None, None])
+        near = members.masked_fill(~own, -torch.inf).flatten(-2)
+        marks = marks.masked_fill(numbers >= (at // size)[:, None], -torch.inf)
+        outer = torch.cat([near, marks], -1).softmax(-1)
+        near, marks = outer[..., : near.shape[-1]].view_as(members), outer[..., near.shape[-1] :]
+        weights = (near + marks[..., None] * members.softmax(-1)).flatten(-2).to(v.dtype)
+        return weights @ v.unflatten(2, (-1, size))[:, :, :, :-1].flatten(2, 3)
+
+    def _block(self, q: Tensor, near: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor) -> tuple[Tensor, int]:
+        """Queries [B, H, n, d] of one block: z, and how many scores of earlier blocks were computed for a head."""
+        rows, heads, length, count = *q.shape[:3], far_k.shape[2]
         nearer = torch.zeros(count, device=q.device)
         if self.reach is not None:
             nearer = torch.arange(count - self.reach, -self.reach, -1, device=q.device).clamp(min=0) * (self.block + 1)
         marks = (q @ self._turned(far_k[:, :, :, -1], nearer).transpose(2, 3)).float()
-        chosen = _highest(marks, count if self.top is None else self.top)
-        outer = torch.cat([near, marks.masked_fill(~chosen, -torch.inf)], -1).softmax(-1).to(v.dtype)
-        z = outer[..., : near.shape[-1]] @ v
-        shares = outer[..., near.shape[-1] :]
-        seen = torch.tensor(q.shape[2] * count) + chosen.sum((2, 3)).cpu() * self.block
-        if self.top is None and count:
-            far_k = self._turned(far_k[:, :, :, :-1], nearer[:, None])
-            inner = torch.einsum("bhqd,bhnkd->bhqnk", q, far_k).float().softmax(-1).to(v.dtype)
-            return z + torch.einsum("bhqn,bhqnk,bhnkd->bhqd", shares, inner, far_v[:, :, :, :-1]), seen
-        added = torch.zeros_like(z)
-        for row, head, number in chosen.any(2).nonzero().tolist():
-            asking = chosen[row, head, :, number].nonzero()[:, 0]
-            block_k = self._turned(far_k[row, head, number, :-1], nearer[number])
-            inner = (q[row, head, asking] @ block_k.T).float().softmax(-1).to(v.dtype)
-            value = shares[row, head, asking, number, None] * (inner @ far_v[row, head, number, :-1])
-            added = added.index_put((torch.tensor(row), torch.tensor(head), asking), value, accumulate=True)
-        return z + added, seen
+        best = marks.topk(min(self.top or 0, count), -1)
+        outer = torch.cat([near, best.values], -1).softmax(-1).to(v.dtype)
+        own, shares = outer.split([near.shape[-1], best.values.shape[-1]], -1)
+        at = torch.arange(rows)[:, None, None, None], torch.arange(heads)[:, None, None], best.indices
+        block_k = self._turned(far_k[at][..., :-1, :], nearer[best.indices][..., None])
+        inner = torch.einsum("bhqd,bhqtkd->bhqtk", q, block_k).float().softmax(-1).to(v.dtype)
+        z = own @ v + torch.einsum("bhqt,bhqtk,bhqtkd->bhqd", shares, inner, far_v[at][..., :-1, :])
+        return z, length * (count + shares.shape[-1] * self.block)
 
     def _turned(self, x: Tensor, by: Tensor) -> Tensor:
         """Rotated queries or keys as if they stood `by` positions later; angles pair the halves of a head."""
