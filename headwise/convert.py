@@ -238,20 +238,26 @@ def _download(folder: Path) -> Path:
     return wheel
 
 
+# Who talks while a model is opened: the hub's client of its retries; torchao, which transformers imports where it is
+# installed, of kernels for other machines; and torch of torchao.
+_TALKERS = ("huggingface_hub", "torchao", "torch.utils._pytree")
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bar for loading weights, which breaks tables, and no chatter of the hub client about its retries."""
+    """No bar for loading weights, which breaks tables, and no chatter of libraries that can do nothing about it."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
+    levels = {name: logging.getLogger(name).level for name in _TALKERS}
     hf_logging.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        hub.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         if shown:
             hf_logging.enable_progress_bar()
 
