@@ -335,7 +335,9 @@ def test_a_run_that_stops_leaves_the_atlas_whole(capsys, decoder, tmp_path, monk
 def test_ctrl_c_on_a_real_run(tmp_path):
     out = tmp_path / "a"
     command = [sys.executable, "-m", "headwise", "map", "default", "--out", str(out)]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs deaf to Ctrl-C, and what they start inherits that.
+    hearing = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **hearing)
     end = time.monotonic() + 240
     while time.monotonic() < end and not list(out.rglob("*.parquet")):
         time.sleep(0.2)
