@@ -172,6 +172,10 @@ class Paths:
             value = self.metric(answer_logits(self.model, variants.rows, variants.rows.inputs), variants.rows)
         return value.view(len(strengths), -1)
 
+    def run_around(self, circuits: "list[Graph | Iterable[Edge]]") -> Tensor:
+        """[circuits, B] the metric of each circuit alone, every edge outside it patched; side by side."""
+        return self.run(torch.stack([self.around(one) for one in circuits]))
+
     def all(self, senders: Iterable[str] = (), receivers: Iterable[str] = ()) -> list[Edge]:
         """Every edge, or those from and into the named places.
 
@@ -243,7 +247,8 @@ class _Variants:
             for name, targets in self._groups(part):
                 self._plan(f"{part.number} {name}", targets)
         self._plan("end", [len(paths.targets) - 1])
-        self.moved: dict[int, Tensor] = {}
+        self.slots = {u: i for i, u in enumerate(sorted(self.needed))}
+        self.moved: Tensor | None = None
         self.added: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def _groups(self, part: Part) -> Iterator[tuple[str, list[int]]]:
@@ -278,10 +283,24 @@ class _Variants:
             total += sums.view(len(paths), copies, many, *shape[1:]).permute(2, 1, 0, 3, 4).flatten(1, 2)
         new = [u for u in used if u >= self.first]
         if new:
+            places = [self.slots[u] for u in new]
             weights = coefficients[:, :, new].repeat_interleave(len(paths), 0)
-            sums = torch.bmm(weights, torch.stack([self.moved[u].flatten(1) for u in new], 1))
-            total += sums.view(-1, many, *shape[1:]).transpose(0, 1)
+            if 3 * len(new) > places[-1]:
+                # Reading all that was written so far is less work than copying most of it.
+                few, places = weights, list(range(places[-1] + 1))
+                weights = few.new_zeros(*few.shape[:2], len(places))
+                weights[:, :, [self.slots[u] for u in new]] = few
+                moved = self.moved[:, : len(places)]
+            else:
+                moved = self.moved[:, places]
+            total += torch.bmm(weights, moved).view(-1, many, *shape[1:]).transpose(0, 1)
         return total.to(given.dtype)
+
+    def _write(self, source: int, moved: Tensor) -> None:
+        """Keep what a source's corrupt value would change here, [K B, T, D]."""
+        if self.moved is None:
+            self.moved = torch.zeros(len(moved), len(self.slots), moved[0].numel(), device=moved.device)
+        self.moved[:, self.slots[source]] = moved.flatten(1)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -323,7 +342,7 @@ class _Variants:
                 moved = other.z[number].repeat(self.copies, 1, 1, 1) - z
                 for i, u in enumerate(own):
                     if u in self.needed:
-                        self.moved[u] = moved[:, :, i].float() @ self.paths.edges.weights.o(number, i)
+                        self._write(u, moved[:, :, i].float() @ self.paths.edges.weights.o(number, i))
 
             before_input(hooks, part.out, wrote, rows)
         if f"{number} mlp" in self.coefficients:
@@ -335,8 +354,7 @@ class _Variants:
         if part.mlp is not None and self.paths.mlp_of(part) in self.needed:
 
             def wrote_mlp(value: Tensor) -> None:
-                moved = other.mlp[number].repeat(self.copies, 1, 1) - value
-                self.moved[self.paths.mlp_of(part)] = moved.float()
+                self._write(self.paths.mlp_of(part), other.mlp[number].repeat(self.copies, 1, 1) - value)
 
             after_output(hooks, part.mlp, wrote_mlp, rows)
 
