@@ -75,6 +75,8 @@ class Bounds(Buffer):
         padded: whether any row is padded.
     """
 
+    codable = False  # rounded bounds would bound nothing
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size

@@ -205,4 +205,4 @@ class Compressed(Store):
     def clear(self) -> None:
         """Hold nothing."""
         super().clear()
-        self.behind = 0
+        self.kept, self.behind = [], 0

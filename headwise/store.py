@@ -117,7 +117,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, H, Q, d] as tensors whose first three axes are the same."""
+        """Values [B, H, Q, d] as tensors whose first three axes are the same."""
 
     @abstractmethod
     def decode(self, parts: tuple[Tensor, ...]) -> Tensor:

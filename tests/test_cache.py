@@ -2,9 +2,12 @@
 
 import copy
 import gc
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import kv_twins
+import naive_codes
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -13,12 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from headwise.anatomy import anatomy
 from headwise.attach import attach, attached, caching, detach
-from headwise.cache import AdaKV, Duo, Preallocated, Razor, SnapKV, Streaming
+from headwise.cache import AdaKV, Duo, Preallocated, Quantised, Razor, SnapKV, Streaming
+from headwise.codes import Codes, primitives
 from headwise.data import Needle, Planted
 from headwise.kv_cache import CacheMethod, KVCache, kv_units
 from headwise.method import catalogue, load
 from headwise.store import GROWTH, Turn
 
+PRIMITIVES = primitives
 NAMES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 PROMPT, NEW = 24, 9
 # Fields with which a method of the room has something to do on prompts of 24 tokens.
@@ -41,6 +46,9 @@ HOLDS = {
     "streaming": lambda had, new: 8,
 }
 METHODS = {card.name.split(".")[1]: card.name for card in catalogue("cache")}
+# Few bits on top of other methods: a buffer, a ring, slots that move, buffers of many lengths.
+CODED = {"int4 streaming": (4, "streaming"), "int8 razor": (8, "razor"), "int4 adakv": (4, "adakv")}
+METHODS |= dict.fromkeys(CODED, "cache.quantised")
 WAYS = {
     "padded batch": {},
     "beams": {"num_beams": 3},
@@ -52,6 +60,9 @@ WAYS = {
 
 
 def small(name: str) -> CacheMethod:
+    if name in CODED:
+        bits, inner = CODED[name]
+        return load("cache.quantised")(bits=bits, of=small(inner))
     return load(METHODS[name])(**SMALL.get(name, {}))
 
 
@@ -63,6 +74,15 @@ def build(name: str, dtype: torch.dtype = torch.float32):
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def codes():
+    """Where torchao is not installed, its naive twin takes its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("torchao") is None:
+            patch.setattr("headwise.codes.primitives", lambda: naive_codes)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -387,6 +407,49 @@ def test_what_razor_keeps_does_not_depend_on_the_cut():
             torch.testing.assert_close(one, other)
 
 
+# Few bits
+
+
+def test_few_bits_are_few_bytes_and_near():
+    x = torch.randn(2, 3, 50, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 7] *= 10
+    for bits, most, off in ((8, 0.27, 0.02), (4, 0.165, 0.2)):
+        codec = Codes(bits)
+        parts = codec.encode(x)
+        again = codec.decode(parts)
+        assert sum(one.numel() * one.itemsize for one in parts) <= most * x.numel() * 4
+        assert (again - x).norm() / x.norm() < off
+        for one, other in zip(codec.encode(again), parts, strict=True):
+            assert (one.float() - other.float()).abs().mean() < 1e-3
+        half = codec.decode(codec.encode(x.bfloat16()))
+        assert half.dtype == torch.bfloat16 and (half.float() - x).norm() / x.norm() < off + 0.01
+
+
+def test_the_naive_codes_are_those_of_torchao():
+    real = pytest.importorskip("torchao.quantization.quant_primitives")
+    x = torch.randn(2, 3, 50, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        ours, theirs = Codes(bits), Codes(bits)
+        ours.tools, theirs.tools = naive_codes, real
+        for one, other in zip(ours.encode(x), theirs.encode(x), strict=True):
+            torch.testing.assert_close(one, other, atol=1, rtol=1e-5)
+        parts = theirs.encode(x)
+        torch.testing.assert_close(ours.decode(parts), theirs.decode(parts), atol=1e-5, rtol=1e-5)
+
+
+def test_without_torchao_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r"pip install headwise\[quantised\]"):
+        PRIMITIVES()
+
+
+def test_a_method_inside_another_has_a_name():
+    method = Quantised(4, of=Streaming(2, 6))
+    inner = {"name": "cache.streaming", "fields": {"sink": 2, "recent": 6}}
+    assert method.identity() == {"name": "cache.quantised", "fields": {"bits": 4, "of": inner}}
+    assert Quantised().identity()["fields"] == {"bits": 8, "of": None}
+
+
 # Planted heads
 
 
@@ -478,6 +541,7 @@ def test_masks_that_hide_other_keys(models):
         (SnapKV, {"share": 1.5}, "0 to 1"),
         (AdaKV, {"kernel": 4}, "1, 3, 5"),
         (AdaKV, {"safeguard": 2.0}, "safeguard is 2.0"),
+        (Quantised, {"bits": 3}, "8 and 4"),
     ],
 )
 def test_fields_out_of_range(method, fields, message):
