@@ -87,7 +87,7 @@ TASKS = [
     KeyValues(length=300),
     KeyValues(length=400, pairs=6, asked=2, digits=3),
     Verbatim(length=300),
-    Verbatim(length=250, words=8, shown=2, answers=5),
+    Verbatim(length=250, shown=4, answers=5),
     HeldOut(length=40),
     IOIABC(),
     IOISymmetric(),

@@ -232,7 +232,7 @@ def _bytes():
 
 def test_secrets_stand_once_in_the_prose_and_once_at_the_end():
     tokenizer = _bytes()
-    for task, stem in ((Passkeys(900, 3, 3), 'Passkey "'), (KeyValues(900, 4, 3), '"'), (Verbatim(900), "List:")):
+    for task, stem in ((Passkeys(900, 3, 3), 'Passkey "'), (KeyValues(900, 4, 3), '"')):
         batch = task.make(tokenizer, 3, 1)
         for row, text in enumerate(batch.texts):
             asked = getattr(task, "asked", 1)
@@ -247,6 +247,17 @@ def test_secrets_stand_once_in_the_prose_and_once_at_the_end():
         assert torch.equal(batch.ids.gather(1, batch.at + 1), batch.answer)
         assert batch.ids.shape[1] <= 900
         assert batch.about["length"] == 900
+
+
+def test_a_passage_is_begun_again_at_the_end():
+    batch = Verbatim(length=600, shown=20, answers=6).make(_bytes(), 4, 1)
+    for row in range(4):
+        low, high = batch.spans["hidden_0"][row]
+        start, stop = batch.spans["question"][row]
+        assert high < start and stop - start == 26
+        assert torch.equal(batch.ids[row, low : low + 26], batch.ids[row, start:stop])
+        assert not torch.equal(batch.corrupt["input_ids"][row, low:high], batch.ids[row, low:high])
+    assert torch.equal(batch.ids.gather(1, batch.at + 1), batch.answer) and batch.answer.shape == (4, 6)
 
 
 def test_held_out_text_is_real_and_may_be_ones_own(tmp_path):
@@ -268,7 +279,7 @@ def test_held_out_text_is_real_and_may_be_ones_own(tmp_path):
         (Passkeys(length=40), "40 tokens have no room"),
         (KeyValues(pairs=99), "99 lines with 1 asked for"),
         (KeyValues(digits=9), "Numbers of 9 digits"),
-        (Verbatim(words=5), "A list of 5 words with 4 tokens shown and 8 to copy"),
+        (Verbatim(shown=0), "A passage with 0 tokens shown and 8 to copy"),
     ):
         with pytest.raises(ValueError, match=sentence):
             task.make(tokenizer, 2)

@@ -1,15 +1,13 @@
 """Windows of real text: the reference of the Python language, which every Python carries, or a file of one's own."""
 
-import hashlib
 import random
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from headwise.data.layout import check_count, start_ids
+from headwise.data.reference import digest, paragraphs
 from headwise.task import Batch, Task
 
 SHARES = (5, 20, 1000)
@@ -43,20 +41,19 @@ class HeldOut(Task):
         first = start_ids(tokenizer)
         if self.length < len(first) + 2:
             raise ValueError(f"Texts of {self.length} tokens predict nothing; at least {len(first) + 2} are needed.")
-        parts = _file(self.path) if self.path else _reference()
+        parts = paragraphs(self.path)
         draw = random.Random(f"held out {seed}")
         rows = [first + self._window(tokenizer, parts, draw) for _ in range(n)]
         ids = torch.tensor(rows)
         unknown = float((ids == tokenizer.unk_token_id).float().mean()) if tokenizer.unk_token_id is not None else 0.0
         if unknown > KNOWN:
             raise ValueError(f"This tokenizer does not know {unknown:.0%} of the text; allowed is {KNOWN:.0%}.")
-        digest = hashlib.sha256("\n\n".join(parts).encode()).hexdigest()[:16]
         return Batch(
             inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
             at=torch.arange(self.length - 1).expand(n, -1).clone(),
             answer=ids[:, 1:].clone(),
             texts=[tokenizer.decode(row, skip_special_tokens=True) for row in rows],
-            about={**self.about(n, seed), "text": digest},
+            about={**self.about(n, seed), "text": digest(parts)},
         )
 
     def _window(self, tokenizer: PreTrainedTokenizerBase, parts: tuple[str, ...], draw: random.Random) -> list[int]:
@@ -76,25 +73,3 @@ class HeldOut(Task):
                     "was to have; give a longer text as `path`."
                 )
             start //= 2
-
-
-@cache
-def _reference() -> tuple[str, ...]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise ValueError("This Python carries no reference (pydoc_data); give a text file as `path`.") from error
-    return _once("\n\n".join(topics[name] for name in sorted(topics)))
-
-
-@cache
-def _file(path: str) -> tuple[str, ...]:
-    try:
-        return _once(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path!r} cannot be read as text: {error}. A UTF-8 text file is needed.") from error
-
-
-def _once(text: str) -> tuple[str, ...]:
-    """Paragraphs in their order, each the first time that it comes."""
-    return tuple(dict.fromkeys(part for part in text.split("\n\n") if part.strip())) or ("",)

@@ -3,57 +3,90 @@ Jelassi et al., 2024. arXiv:2402.01032
 """
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from headwise.data.haystack import codes, filler, hide, lay_out_asked, secret
-from headwise.data.layout import check_count, encode
-from headwise.data.words import NOUNS
-from headwise.task import Batch, Task
+from headwise.data.haystack import filler
+from headwise.data.layout import check_count, encode, pad_id, start_ids
+from headwise.data.reference import digest, plain_paragraphs
+from headwise.task import Batch, Task, pad_left
 
-STEM = "List:"
+MORE = 8
 
 
 @dataclass(frozen=True)
 class Verbatim(Task):
-    """A list of random plain words stands in long plain prose and is begun once more at its end, to be copied.
+    """A passage of real text stands in long plain prose and is begun once more at its end, to be copied.
+
+    The passages are from the reference that Python carries; about["text"] tells its digest.
 
     Fields:
         length: tokens of a prompt, about.
-        words: words of the list, at least shown + answers.
-        shown: tokens of the list that stand at the end before answers are read; answers: tokens that are read.
+        shown: tokens of the passage that stand at the end before answers are read; answers: tokens that are read.
     """
 
     length: int = 500
-    words: int = 12
-    shown: int = 4
+    shown: int = 16
     answers: int = 8
 
     def make(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0) -> Batch:
-        """Prompts of at most `length` tokens. Corrupt prompts hold a list of other words in the prose.
+        """Prompts of at most `length` tokens. Corrupt prompts hold another passage of as many tokens in the prose.
 
-        Spans: "hidden_0" and "answer_0" (the list in the prose and at the end) and "question" (the end). No word comes
-        twice in a list, so that each says which comes next.
+        Spans: "hidden_0" (the passage in the prose), "question" (what is shown of it at the end).
 
         Raises:
-            ValueError: numbers outside their range, or a length too short for the list.
+            ValueError: numbers outside their range, a length too short for the passage, or a tokenizer that does not
+                know the words of the passages.
         """
         check_count(n)
-        if self.shown < 0 or self.answers < 1 or not self.shown + self.answers <= self.words <= len(NOUNS) // 2:
+        if self.shown < 1 or self.answers < 1:
             raise ValueError(
-                f"A list of {self.words} words with {self.shown} tokens shown and {self.answers} to copy cannot be; "
-                f"allowed are at most {len(NOUNS) // 2} words, 0 or more shown, 1 or more to copy, and in sum no more "
-                "tokens than words."
+                f"A passage with {self.shown} tokens shown and {self.answers} to copy cannot be; allowed is 1 or more."
             )
         draw = random.Random(f"verbatim {seed}")
-        pick = codes(tokenizer, STEM, lambda: " ".join(draw.sample(NOUNS, self.words)), "plain nouns")
-        pairs = []
+        first, size = start_ids(tokenizer), self.shown + self.answers
+        gap = encode(tokenizer, "\n\n")
+        flow = self._passages(tokenizer, draw)
+        rows, others, places = [], [], []
         for row in range(n):
-            hidden = [secret(STEM, pick)]
-            room = self.length - 1 - 2 * len(encode(tokenizer, f"\n{STEM} {hidden[0].said}.\n"))
+            passage, other = next(flow), next(flow)
+            room = self.length - len(first) - 2 * size - MORE - 3 * len(gap) - 3
             said = filler(tokenizer, f"verbatim {seed} {row}", room, self.length)
-            pairs.append(hide(said, hidden, [0], draw))
-        batch = lay_out_asked(self, tokenizer, pairs, n, seed)
-        read = slice(self.shown, self.shown + self.answers)
-        return replace(batch, at=batch.at[:, read], answer=batch.answer[:, read], foil=batch.foil[:, read])
+            cut = draw.randint(1, len(said))
+            ahead = first + encode(tokenizer, " ".join(said[:cut])) + gap
+            behind = gap + encode(tokenizer, " ".join(said[cut:])) + gap + passage[:size]
+            rows.append(ahead + passage + behind)
+            others.append(ahead + other + behind)
+            places.append(-len(behind))
+        ids, mask = pad_left(rows, pad_id(tokenizer))
+        width = ids.shape[1]
+        at = torch.arange(width - self.answers - 1, width - 1).expand(n, -1).clone()
+        hidden = [[width + place - size - MORE, width + place] for place in places]
+        return Batch(
+            inputs={"input_ids": ids, "attention_mask": mask},
+            corrupt={"input_ids": pad_left(others, pad_id(tokenizer))[0], "attention_mask": mask},
+            at=at,
+            answer=ids.gather(1, at + 1),
+            spans={"hidden_0": torch.tensor(hidden), "question": torch.tensor([[width - size, width]] * n)},
+            texts=[tokenizer.decode(row, skip_special_tokens=True) for row in rows],
+            about={**self.about(n, seed), "text": digest(plain_paragraphs())},
+        )
+
+    def _passages(self, tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> Iterator[list[int]]:
+        """Endless passages of the size in use, without unknown tokens; none twice before all have been."""
+        size = self.shown + self.answers + MORE
+        parts = plain_paragraphs()
+        while True:
+            found = 0
+            for part in draw.sample(parts, len(parts)):
+                ids = encode(tokenizer, part)[:size]
+                if len(ids) == size and tokenizer.unk_token_id not in ids:
+                    found += 1
+                    yield ids
+            if found < 2:
+                raise ValueError(
+                    f"This tokenizer finds {found} passages of {size} tokens that it knows; at least 2 are needed."
+                )
