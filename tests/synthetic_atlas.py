@@ -9,7 +9,10 @@ import numpy as np
 import polars as pl
 
 from headwise.atlas import Atlas
+from headwise.cache.duo import Duo
+from headwise.cache.preallocated import Preallocated
 from headwise.claim import Claim, Rung
+from headwise.plan import Plan, Trial
 from headwise.score import COLUMNS, Score
 
 FINGERPRINT = "0123456789abcdef"
@@ -141,6 +144,7 @@ def synthetic_atlas(path: Path, layers: int = 30, heads: int = 9, seed: int = 0)
     add_scores(atlas, units, roles, rng)
     add_patterns(atlas, units, roles, rng)
     atlas.add_readouts(readouts_of(units, rng))
+    add_plans(atlas, {layer: max(1, heads // 3) for layer in range(layers)}, rng)
     return atlas
 
 
@@ -210,3 +214,68 @@ def readouts_of(units: list[tuple[int, int]], rng: np.random.Generator) -> pl.Da
                     value = float(8 - 1.3 * rank + rng.normal(0, 0.2))
                     found.append((f"L{layer}.H{index}", circuit, source, str(target), value, rank))
     return pl.DataFrame(found, schema=["unit", "circuit", "source", "target", "value", "rank"], orient="row")
+
+
+def plan_of(kv_heads: dict[int, int], share: float, rng: np.random.Generator, accepted: bool = True) -> Plan:
+    """A plan that keeps this share of KV heads in full, with a made-up trial that agrees with its verdict."""
+    units = [f"L{layer}.G{group}" for layer, count in kv_heads.items() for group in range(count)]
+    scores = {unit: {"need": float(rng.beta(1, 9)), "retrieval": float(rng.beta(1, 14))} for unit in units}
+    best = sorted(units, key=lambda unit: -scores[unit]["need"])[: round(share * len(units))]
+    kept = {"full": 1.0, "plan": 0.98 if accepted else 0.71, "random 1": 0.52, "random 2": 0.46, "streaming": 0.33}
+    rows = [trial_row(name, value, 1.0 if name == "full" else share + 0.13) for name, value in kept.items()]
+    says = f"The plan keeps {kept['plan']:.0%} of the full cache's right answers, in this made-up trial."
+    return Plan(
+        model="synthetic/never-measured",
+        fingerprint=FINGERPRINT,
+        layout={str(layer): count for layer, count in kv_heads.items()},
+        legend={"rest": Duo(), "full": Preallocated()},
+        heads={unit: "full" if unit in best else "rest" for unit in units},
+        evidence=scores,
+        trial=Trial(accepted, says, "At least 95% of the answers must be kept.", rows),
+        about={"bytes": share + 0.1, "at": 8192, "ranking": "need", "seed": 0},
+    )
+
+
+def trial_row(name: str, kept: float, share: float) -> dict[str, Any]:
+    """One contestant of a trial, as `planning.try_plan` writes it."""
+    return {
+        "name": name,
+        "bytes": round(share * 47_185_920),
+        "share": share,
+        "kept": kept,
+        "retrieval": 0.94 * kept,
+        "accuracy": {"passkey": kept, "copy": 0.88 * kept},
+        "n": {"passkey": 12, "copy": 12},
+        "nll": 3.21 + 0.4 * (1 - kept),
+        "at": 1024,
+    }
+
+
+def add_plans(atlas: Atlas, kv_heads: dict[int, int], rng: np.random.Generator) -> None:
+    """One plan that a trial accepted, one that it rejected, one that cannot be read, and caches that were timed."""
+    plan_of(kv_heads, 0.3, rng).save(atlas.path / "plans" / "0.4.json")
+    plan_of(kv_heads, 0.1, rng, accepted=False).save(atlas.path / "plans" / "0.2.json")
+    (atlas.path / "plans" / "torn.json").write_text("{", encoding="utf-8")
+    measured = {
+        "DynamicCache": (1.0, 92.0, 1.0),
+        "StaticCache": (1.01, 61.0, None),
+        "cache.duo": (0.16, 31.0, 0.3),
+        "plan 0.4": (0.41, 42.5, 0.97),
+    }
+    atlas.add_bench([bench_row(name, *row) for name, row in measured.items()])
+
+
+def bench_row(cache: str, share: float, decode_ms: float, kept: float | None) -> dict[str, Any]:
+    """One cache, as `headwise bench` measures it."""
+    return {
+        "cache": cache,
+        "at": 2048,
+        "bytes": round(share * 94_371_840),
+        "share": share,
+        "prefill_s": 2.1,
+        "decode_ms": decode_ms,
+        "peak_mb": 910.0,
+        "kept": kept,
+        "retrieval": None if kept is None else 0.91 * kept,
+        "nll": None if kept is None else 3.05 + 0.3 * (1 - kept),
+    }

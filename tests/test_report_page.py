@@ -87,10 +87,43 @@ def test_tokens_are_visible_and_can_be_chosen(found):
     assert 'atlas.claims(unit="L5.H1")' in pattern["code"]
 
 
+def test_a_dot_shows_its_plan_on_the_map_by_pointer_and_by_key(found):
+    tried = found["tradeoffs"]
+    # 27 of 90 KV heads are full, and three heads read from each.
+    assert (tried["before"], tried["hovered"], tried["after"], tried["focused"], tried["kept"]) == (0, 81, 0, 81, 81)
+    assert tried["says"].startswith("Shown: plan 0.4. Of 90 KV heads 27 full (ringed); 63 by cache.duo, sink 64")
+    assert tried["cell"].endswith(" full")
+    assert "L5.G" not in tried["label"] and tried["label"].startswith("plan 0.4, accepted: 98 % of the answers kept")
+    assert "In plans" not in tried["card"] and "(rejected): cache.duo" in tried["card"] and "rank" in tried["card"]
+
+
+def test_every_dot_is_reached_by_the_arrow_keys(found):
+    tried = found["tradeoffs"]
+    # Two trials of five caches share the full one; three of the four benched caches were asked for answers.
+    assert tried["dots"] == [12, 3] and tried["stops"] == [1, 1]
+    assert len(set(tried["walk"])) == 12 and tried["walk"][-1] == tried["walk"][-2]
+
+
+def test_a_chosen_dot_gives_its_numbers_and_stays_in_the_address(found):
+    tried = found["tradeoffs"]
+    assert tried["address"] == "#L5.H1&dot=0.4%2Fplan"
+    assert tried["quality"] == "#L5.H1&dot=0.4%2Fplan&quality=nll"
+    for part in (
+        "plan 0.4, accepted",
+        "20.3 MB, 43 % of the full cache's",
+        "27 cache.preallocated",
+        "98 % of 12 answers",
+    ):
+        assert part in tried["numbers"]
+    assert tried["closed"] == 0 and tried["linked"] == "plan 0.2, rejected"
+    assert tried["rows"] == 9 and "at 1,024 tokens" in tried["sentence"]
+    assert "torn.json is not a headwise plan" in tried["out"] and "/" not in tried["out"]
+
+
 def test_axe_finds_no_violation_in_light_or_dark(found):
     assert {name: rules for name, rules in found["violations"].items() if rules} == {}
     assert min(found["checks"].values()) > 15
-    assert len(found["violations"]) == 6
+    assert len(found["violations"]) == 8
 
 
 def test_the_same_modules_work_as_notebook_widgets(found):
@@ -99,6 +132,7 @@ def test_the_same_modules_work_as_notebook_widgets(found):
     assert made["headmap"]["followed"] == "Map L7.H4"
     assert made["headcard"]["followed"].strip() == "L7.H4"
     assert made["patternview"]["followed"].startswith("Pattern of L7.H4")
+    assert made["tradeoffview"]["followed"] == "Trade-offs L7.H4"
     assert all((one["left"], one["heard"]) == (0, 0) for one in made.values())
 
 

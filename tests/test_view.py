@@ -1,5 +1,6 @@
 """The report and the widgets: what they hold of an atlas, and what they refuse."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from synthetic_atlas import FINGERPRINT, TEXTS, empty_atlas, score_table, synthetic_atlas
+from synthetic_atlas import FINGERPRINT, TEXTS, bench_row, empty_atlas, plan_of, score_table, synthetic_atlas
 
 from headwise.atlas import Atlas
 from headwise.claim import ROLES, Claim, Rung
@@ -107,6 +108,40 @@ def test_scores_of_kv_heads_stand_on_every_query_head_that_reads_them(tmp_path):
     assert gather(atlas)["scores"][0]["value"] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0]
 
 
+def test_trade_offs_hold_what_each_plan_does_and_every_cache_that_was_tried(atlas):
+    found = gather(atlas)["tradeoffs"]
+    assert found["kv"][:4] == ["L0.G0", "L0.G0", "L0.G0", "L0.G1"] and len(found["kv"]) == 72
+    plan = {plan["name"]: plan for plan in found["plans"]}["0.4"]
+    held = json.loads(atlas.plans()["0.4"].read_text(encoding="utf-8"))
+    assert plan["heads"] == {unit: row["treatment"] for unit, row in held["heads"].items()}
+    assert plan["legend"]["full"] == {"text": "cache.preallocated", "all": True}
+    assert plan["legend"]["rest"] == {"text": "cache.duo, sink 64, recent 256", "all": False}
+    assert plan["scores"]["L5.G0"]["need"] == pytest.approx(held["heads"]["L5.G0"]["scores"]["need"], rel=1e-4)
+    dots = {dot["key"]: dot for dot in found["dots"]}
+    assert len(dots) == 13 and [dot["kind"] for dot in dots.values()].count("full") == 3
+    assert (dots["0.4/plan"]["kept"], dots["0.4/plan"]["plan"], dots["0.4/plan"]["at"]) == (0.98, "0.4", 1024)
+    assert dots["0.2/random 2"]["name"] == "random 2, for plan 0.2"
+    assert dots["bench/plan 0.4/2048"]["plan"] == "0.4" and dots["bench/StaticCache/2048"]["kept"] is None
+    assert list(found["left_out"]) == ["torn"] and found["left_out"]["torn"].startswith("torn.json is not")
+
+
+def test_a_plan_of_other_weights_or_without_a_trial_is_left_out_with_the_reason(tmp_path):
+    atlas = empty_atlas(tmp_path, {0: 4}, {0: 2})
+    plan = plan_of({0: 2}, 0.5, np.random.default_rng(0))
+    dataclasses.replace(plan, fingerprint="other").save(tmp_path / "plans" / "other.json")
+    dataclasses.replace(plan, trial=None).save(tmp_path / "plans" / "untried.json")
+    odd = dataclasses.replace(plan.trial, rows=["no row"])
+    dataclasses.replace(plan, trial=odd).save(tmp_path / "plans" / "odd.json")
+    found = gather(atlas)["tradeoffs"]
+    assert list(found["left_out"]) == ["odd", "other", "untried"] and found["dots"] == []
+    assert "other weights" in found["left_out"]["other"] and "never tried" in found["left_out"]["untried"]
+    assert [plan["name"] for plan in found["plans"]] == ["untried"]
+    atlas.add_bench([bench_row("plan untried", 0.4, 30.0, float("nan"))])
+    found = gather(atlas)["tradeoffs"]
+    assert list(found["left_out"]) == ["odd", "other"]
+    assert [(dot["plan"], dot["kept"]) for dot in found["dots"]] == [("untried", None)]
+
+
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<!--",
@@ -141,6 +176,7 @@ def test_an_empty_atlas_has_a_report(tmp_path):
     assert data["summary"] == "None of 4 heads is proved. 4 are unknown."
     assert (data["scores"], data["claims"], data["patterns"], data["readouts"]) == ([], {}, [], {})
     assert data["heads"][0]["sentence"] == "L0.H0 is unknown: it was tested for no role."
+    assert data["tradeoffs"] is None
     assert gather(empty_atlas(tmp_path / "b", {}))["summary"] == "This atlas holds no heads yet."
 
 
@@ -250,6 +286,13 @@ def test_text_reads_on_every_ground(theme, ink):
     assert contrast(page["text"], page["attend"]) >= 4.5
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_kind_of_cache_has_a_shape_of_its_own_and_stands_out(theme):
+    kinds, page = PALETTE["caches"].values(), PALETTE["page"][theme]
+    assert len({kind["glyph"] for kind in kinds}) == len({kind["colour"] for kind in kinds}) == len(kinds)
+    assert min(contrast(page[kind["colour"]], page["panel"]) for kind in kinds) >= 3
+
+
 @pytest.mark.parametrize("name", ["sequential", "diverging"])
 def test_colour_maps_are_even(name):
     lights = [contrast(colour, "#000000") for colour in PALETTE[name]]
@@ -265,7 +308,7 @@ def test_widgets_show_the_same_data(atlas):
     widgets = pytest.importorskip("headwise.view.widgets")
     made = widgets.HeadMap(atlas, unit="L5.H1", colour="induction_stripe")
     assert made.data == gather(atlas) and (made.unit, made.colour) == ("L5.H1", "induction_stripe")
-    for widget in (made, widgets.HeadCard(atlas), widgets.PatternView(atlas, prompt="code")):
+    for widget in (made, widgets.HeadCard(atlas), widgets.PatternView(atlas, prompt="code"), widgets.Tradeoffs(atlas)):
         assert re.search(r"export\s*{[^}]*\bas default\b", str(widget._esm))
         assert ".hw" in str(widget._css)
         widget.close()

@@ -60,6 +60,7 @@ const files = {
   "headmap.js": await bundle("headmap.tsx", "esm"),
   "headcard.js": await bundle("headcard.tsx", "esm"),
   "patternview.js": await bundle("patternview.tsx", "esm"),
+  "tradeoffview.js": await bundle("tradeoffview.tsx", "esm"),
   "LICENCES.txt": licences(),
 };
 

@@ -1,13 +1,14 @@
 """Everything a view shows of an atlas, as one plain dictionary that JSON can carry."""
 
 import base64
-import math
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwise.claim import ROLES, Claim
+from headwise.view.plain import number, plain
+from headwise.view.tradeoffs import tradeoffs
 from headwise.view.words import head_sentence, score_code, shown_role, summary_sentence
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ RUNG_NUMBERS = ("value", "low", "high", "null", "p", "p_holm", "share")
 
 
 def gather(atlas: "Atlas") -> dict[str, Any]:
-    """Collect heads, scores, claims, patterns and read-outs of an atlas. Numbers that are not finite become None."""
+    """Heads, scores, claims, patterns, read-outs and plans of an atlas. Numbers that are not finite become None."""
     about = atlas.about
     claims: dict[str, list[Claim]] = {}
     for claim in atlas.claims():
@@ -28,7 +29,7 @@ def gather(atlas: "Atlas") -> dict[str, Any]:
     units = [row["unit"] for row in heads]
     return {
         "format": FORMAT,
-        "about": _plain(about),
+        "about": plain(about),
         "atlas": f"atlas/{_folder(atlas)}",
         "summary": summary_sentence(heads),
         "does": {role.name: role.does for role in ROLES},
@@ -39,10 +40,11 @@ def gather(atlas: "Atlas") -> dict[str, Any]:
             for row in heads
         ],
         "scores": _scores(atlas, units, about),
-        "tests": _plain({claim.role: claim.about for claim in atlas.claims() if claim.about}),
+        "tests": plain({claim.role: claim.about for claim in atlas.claims() if claim.about}),
         "claims": {unit: [_claim(claim) for claim in made] for unit, made in claims.items()},
         "patterns": [_pattern(atlas, prompt) for prompt in atlas.patterns()],
         "readouts": _readouts(atlas),
+        "tradeoffs": tradeoffs(atlas, [_kv_of(unit, about) for unit in units]),
     }
 
 
@@ -87,12 +89,12 @@ def _score(score: "Score", units: list[str], about: dict[str, Any]) -> dict[str,
     for place in places:
         row = rows.get(place, {})
         for key, column in columns.items():
-            column.append(_number(row.get(key)))
+            column.append(number(row.get(key)))
     return {
         "name": score.name,
         "kind": score.kind,
         "evidence": score.evidence,
-        "about": _plain(score.about),
+        "about": plain(score.about),
         "code": score_code(score),
         **columns,
     }
@@ -114,7 +116,7 @@ def _at_layer(counts: Any, layer: str) -> int | None:
 def _claim(claim: Claim) -> dict[str, Any]:
     rungs = []
     for rung in claim.rungs:
-        numbers = {key: _number(getattr(rung, key)) for key in RUNG_NUMBERS}
+        numbers = {key: number(getattr(rung, key)) for key in RUNG_NUMBERS}
         rungs.append({"step": rung.step, "score": rung.score, "n": rung.n, "passed": bool(rung.passed), **numbers})
     return {"role": claim.role, "verdict": claim.verdict, "rungs": rungs}
 
@@ -141,23 +143,5 @@ def _readouts(atlas: "Atlas") -> dict[str, dict[str, list[list[Any]]]]:
         return found
     columns = ("unit", "circuit", "source", "target", "value")
     for unit, circuit, source, target, value in frame.select(columns).iter_rows():
-        found.setdefault(unit, {}).setdefault(circuit, []).append([source, target, _number(value)])
+        found.setdefault(unit, {}).setdefault(circuit, []).append([source, target, number(value)])
     return found
-
-
-def _number(value: Any) -> float | int | None:
-    """Five digits of a number; None where there is none or it is not finite."""
-    if value is None or not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{float(value):.5g}")
-
-
-def _plain(value: Any) -> Any:
-    """The same value in types that JSON knows; paths and other objects as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    return _number(value) if isinstance(value, (float, np.floating)) else str(value)

@@ -1,4 +1,4 @@
-"""Notebook widgets: the map, the head card and the pattern, drawn by the same modules as the report."""
+"""Notebook widgets: the map, the head card, the pattern and the trade-offs, drawn by the same modules as the report."""
 
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from headwise.atlas import Atlas
 
 STATIC = Path(__file__).parent / "static"
-SHARED = {"unit": "", "colour": "", "prompt": "", "side": "query", "token": -1, "view": "grid", "role": ""}
+SHARED = {
+    "unit": "",
+    "colour": "",
+    "prompt": "",
+    "side": "query",
+    "token": -1,
+    "view": "grid",
+    "role": "",
+    "dot": "",
+    "quality": "kept",
+}
 
 
 @cache
@@ -59,3 +69,11 @@ def HeadCard(atlas: "Atlas", unit: str = "") -> "AnyWidget":
 def PatternView(atlas: "Atlas", unit: str = "", prompt: str = "") -> "AnyWidget":
     """Where one head looks on a stored prompt."""
     return _make("patternview", "PatternView", atlas, unit=unit, prompt=prompt)
+
+
+def Tradeoffs(atlas: "Atlas", dot: str = "") -> "AnyWidget":
+    """Quality of every tried cache against bytes and time, over the map, which shows the plan that is pointed at.
+
+    `.dot` is the key of the selected dot, such as "0.4/plan", both ways.
+    """
+    return _make("tradeoffview", "Tradeoffs", atlas, dot=dot)

@@ -1,5 +1,6 @@
 // The head card: what a head does, the evidence for it, all its scores, what its weights read and write.
 import { useState } from "preact/hooks";
+import { InPlans } from "./inplans";
 import { Rungs } from "./ladder";
 import { LADDER, type Claim, type Readout } from "./data";
 import { headOf, rankOf, rankText, type State } from "./state";
@@ -33,6 +34,7 @@ export function Card({ state }: { state: State }) {
         </details>
       )))}
       <Scores state={state} />
+      <InPlans state={state} />
       <Readouts state={state} />
       <Code state={state} />
       <Provenance state={state} />

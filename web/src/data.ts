@@ -60,6 +60,45 @@ export interface Stack {
   width: number;
 }
 
+export interface Plan {
+  name: string;
+  accepted: boolean | null;
+  says: string;
+  rule: string;
+  legend: Record<string, { text: string; all: boolean }>;
+  heads: Record<string, string>;
+  scores: Record<string, Record<string, number | null>>;
+  about: Record<string, unknown>;
+}
+
+/** One cache that was tried: on a plan's trial, or by `headwise bench`. */
+export interface Dot {
+  key: string;
+  name: string;
+  short: string;
+  kind: "plan" | "random" | "streaming" | "full" | "other";
+  plan: string;
+  at: number;
+  accuracy: Record<string, number | null>;
+  n: Record<string, number>;
+  bytes: number | null;
+  share: number | null;
+  kept: number | null;
+  retrieval: number | null;
+  nll: number | null;
+  prefill_s: number | null;
+  decode_ms: number | null;
+  peak_mb: number | null;
+}
+
+/** `kv` names for every head the KV head that it reads from. */
+export interface Tradeoffs {
+  kv: string[];
+  plans: Plan[];
+  dots: Dot[];
+  left_out: Record<string, string>;
+}
+
 export interface Data {
   format: number;
   about: Record<string, unknown>;
@@ -73,6 +112,7 @@ export interface Data {
   claims: Record<string, Claim[]>;
   patterns: Prompt[];
   readouts: Record<string, Record<string, Readout[]>>;
+  tradeoffs: Tradeoffs | null;
 }
 
 /** anywidget's front-end model: the only thing a view is given beside its element. */

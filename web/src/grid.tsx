@@ -2,6 +2,7 @@
 import { useEffect, useRef } from "preact/hooks";
 import { dark, headLook, scaleOf, type Look, type Scale } from "./colour";
 import { LADDER, type Head, type Stack } from "./data";
+import { planSentence, shownPlan, treatmentOf, type Treatment } from "./plans";
 import { headOf, rankOf, scoreOf, type State } from "./state";
 import { Badge, Choice } from "./small";
 import { HeadTable } from "./table";
@@ -33,6 +34,7 @@ export function HeadMap({ state }: { state: State }) {
       </div>
       {view.value === "table" ? <HeadTable state={state} /> : data.stacks.map((stack) => <Grid state={state} stack={stack} scale={scale} />)}
       <Reading state={state} />
+      {data.tradeoffs && <PlanShown state={state} />}
     </section>
   );
 }
@@ -52,6 +54,8 @@ function Ramp({ scale }: { scale: Scale }) {
 function Reading({ state }: { state: State }) {
   const unit = state.hover.value || state.unit.value;
   const head = headOf(state, unit);
+  const plan = shownPlan(state);
+  const treatment = plan && treatmentOf(state, plan, unit);
   if (!head) return <p class="hw-reading">No head is selected.</p>;
   const i = state.place.get(unit)!;
   const score = scoreOf(state, state.colour.value);
@@ -61,13 +65,30 @@ function Reading({ state }: { state: State }) {
       <b>{unit}</b> {head.role === "unknown" ? "unknown" : `${head.role}, ${head.verdict}`}
       {score && <> &middot; {title(score.name)} {number(score.value[i])}{span(score.low[i]!, score.high[i]!) && ` (${span(score.low[i]!, score.high[i]!)})`}</>}
       {rank && <> &middot; rank {rank.rank}{rank.equal > 1 && `, as ${rank.equal - 1} more,`} of {rank.of}</>}
+      {treatment && <> &middot; {treatment.kv}: {treatment.all ? "full" : treatment.text}</>}
     </p>
   );
 }
 
-interface Cell { head: Head; look: Look; name: string; dim: boolean }
+/** Its room is kept while no plan is shown: dots lie below the map and must not move away from the pointer. */
+function PlanShown({ state }: { state: State }) {
+  const plan = shownPlan(state);
+  const text = plan ? planSentence(plan) : "";
+  return <p class="hw-plan-shown" title={text}>{text}</p>;
+}
 
+interface Cell { head: Head; look: Look; name: string; dim: boolean; treatment?: Treatment }
+
+/** A head as a cell. While a plan is shown, heads whose KV head it keeps in full are ringed, and the others fade. */
 function cellOf(state: State, head: Head, i: number, scale?: Scale): Cell {
+  const cell = plainCell(state, head, i, scale);
+  const plan = shownPlan(state);
+  const treatment = plan && treatmentOf(state, plan, head.unit);
+  if (!treatment) return cell;
+  return { ...cell, treatment, dim: cell.dim || !treatment.all, name: `${cell.name}, ${treatment.kv} ${treatment.all ? "full" : treatment.text}` };
+}
+
+function plainCell(state: State, head: Head, i: number, scale?: Scale): Cell {
   const score = scoreOf(state, state.colour.value);
   const dim = state.role.value !== "" && head.role !== state.role.value;
   const label = head.role === "unknown" ? "unknown" : `${head.role}, ${head.verdict}`;
@@ -140,7 +161,7 @@ function Grid({ state, stack, scale }: { state: State; stack: Stack; scale?: Sca
             {stack.layers.map((layer) => {
               const head = table.get(`${layer}.${index}`);
               if (!head) return <span role="gridcell" class="hw-cell hw-none" aria-label={`layer ${layer} has no head ${index}`} />;
-              const { look, name, dim } = cellOf(state, head, state.place.get(head.unit)!, scale);
+              const { look, name, dim, treatment } = cellOf(state, head, state.place.get(head.unit)!, scale);
               const chosen = head.unit === state.unit.value;
               return (
                 <span
@@ -149,7 +170,7 @@ function Grid({ state, stack, scale }: { state: State; stack: Stack; scale?: Sca
                   aria-label={name}
                   aria-selected={chosen}
                   tabIndex={head.unit === entry ? 0 : -1}
-                  class={`hw-cell${chosen ? " hw-chosen" : ""}${dim ? " hw-dim" : ""}${look.barred ? " hw-barred" : ""}`}
+                  class={`hw-cell${chosen ? " hw-chosen" : ""}${dim ? " hw-dim" : ""}${treatment?.all ? " hw-full" : ""}${look.barred ? " hw-barred" : ""}`}
                   style={{ background: look.fill, color: look.ink, borderColor: look.edge }}
                 >
                   <span aria-hidden="true">{look.mark}</span>

@@ -8,6 +8,7 @@ import { Roles } from "./roles";
 import { Spread } from "./spread";
 import type { State } from "./state";
 import { Tasks } from "./tasks";
+import { TradeoffsPanel } from "./tradeoffs";
 
 function Report({ state }: { state: State }) {
   return (
@@ -16,6 +17,7 @@ function Report({ state }: { state: State }) {
       <main class="hw-page">
         <div class="hw-left">
           <HeadMap state={state} />
+          <TradeoffsPanel state={state} />
           <Spread state={state} />
           <PatternPanel state={state} />
           <Roles state={state} />

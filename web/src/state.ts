@@ -2,6 +2,7 @@
 import { effect, signal, type Signal } from "@preact/signals";
 import { ROLES } from "./colour";
 import type { Data, Head, Model, Prompt, Score } from "./data";
+import { QUALITIES } from "./plans";
 
 export interface State {
   data: Data;
@@ -12,13 +13,16 @@ export interface State {
   token: Signal<number>;
   view: Signal<string>;
   role: Signal<string>;
+  dot: Signal<string>;
+  quality: Signal<string>;
   hover: Signal<string>;
+  over: Signal<string>;
   source: Signal<string>;
   place: Map<string, number>;
   stop: () => void;
 }
 
-const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role"] as const;
+const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role", "dot", "quality"] as const;
 
 /** A proved head where there is one, in the order of roles. */
 export function firstHead(data: Data): string {
@@ -37,6 +41,8 @@ export function createState(model: Model): State {
     token: -1,
     view: "grid",
     role: "",
+    dot: "",
+    quality: "kept",
   };
   const valid: Partial<Record<string, (value: any) => boolean>> = {
     unit: (value) => place.has(value),
@@ -44,6 +50,8 @@ export function createState(model: Model): State {
     prompt: (value) => data.patterns.some((prompt) => prompt.id === value),
     side: (value) => value === "query" || value === "key",
     view: (value) => value === "grid" || value === "table",
+    dot: (value) => data.tradeoffs?.dots.some((one) => one.key === value) ?? false,
+    quality: (value) => value in QUALITIES,
   };
   const read = (key: (typeof SHARED)[number]) => {
     const value = model.get(key);
@@ -61,7 +69,7 @@ export function createState(model: Model): State {
       if (model.get(key) !== value) { model.set(key, value); model.save_changes(); }
     }));
   }
-  return { data, place, hover: signal(""), source: signal(""), stop: () => stops.forEach((stop) => stop()), ...signals } as unknown as State;
+  return { data, place, hover: signal(""), over: signal(""), source: signal(""), stop: () => stops.forEach((stop) => stop()), ...signals } as unknown as State;
 }
 
 export const headOf = (state: State, unit: string): Head | undefined => state.data.heads[state.place.get(unit) ?? -1];

@@ -10,7 +10,7 @@ import { executable, flags } from "./browser.mjs";
 const [report, shots] = process.argv.slice(2);
 const address = pathToFileURL(resolve(report)).href;
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, widgets: {}, size: {} };
+const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, tradeoffs: {}, widgets: {}, size: {} };
 
 const browser = await chromium.launch({ executablePath: executable(), args: flags });
 
@@ -57,7 +57,7 @@ async function keyboard() {
 async function links() {
   const page = await open({}, "#L7.H4&colour=induction_ablation&side=key");
   found.hash.opened = await title(page);
-  found.hash.colour = await page.locator("select").inputValue();
+  found.hash.colour = await page.locator(".hw-map select").inputValue();
   found.hash.side = await page.locator('.hw-pattern .hw-choice [aria-pressed="true"]').textContent();
   await page.evaluate(() => { location.hash = "#L2.H3"; });
   await page.waitForFunction(() => document.querySelector(".hw-card h2")?.textContent === "L2.H3");
@@ -67,7 +67,7 @@ async function links() {
   found.hash.unknown = await title(page);
   await page.locator('[data-unit="L3.H3"]').click();
   found.hash.clicked = await title(page);
-  await page.locator("select").selectOption("roles");
+  await page.locator(".hw-map select").selectOption("roles");
   await page.getByRole("button", { name: "Table", exact: true }).click();
   await page.locator(".hw-scroll thead button").filter({ hasText: "Role" }).click();
   found.state.sorted = await page.locator('.hw-scroll th[aria-sort="ascending"]').textContent();
@@ -93,13 +93,60 @@ async function pattern() {
   await page.close();
 }
 
+/** The dots by pointer and by key: what they say, and the plan on the map. */
+async function tradeoffs() {
+  const page = await open({}, "#L5.H1");
+  const at = found.tradeoffs;
+  const rings = () => page.locator(".hw-grid .hw-full").count();
+  const chart = page.locator(".hw-dots").first();
+  at.dots = await page.locator(".hw-dots").evaluateAll((all) => all.map((one) => one.querySelectorAll("[data-dot]").length));
+  at.stops = await page.locator(".hw-dots").evaluateAll((all) => all.map((one) => one.querySelectorAll('[tabindex="0"]').length));
+  at.before = await rings();
+  const plan = chart.locator('[data-dot="0.4/plan"]');
+  await plan.hover();
+  at.hovered = await rings();
+  at.says = await page.locator(".hw-map .hw-plan-shown").textContent();
+  at.cell = await page.locator(".hw-grid .hw-full").first().getAttribute("aria-label");
+  await page.locator(".hw-mark").hover();
+  at.after = await rings();
+  await chart.locator('[tabindex="0"]').focus();
+  await page.keyboard.press("Home");
+  at.walk = [];
+  for (let i = 0; i < at.dots[0] + 1; i++) {
+    at.walk.push(await page.evaluate(() => document.activeElement?.getAttribute("data-dot")));
+    await page.keyboard.press("ArrowRight");
+  }
+  await plan.focus();
+  at.focused = await rings();
+  at.label = await plan.getAttribute("aria-label");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => document.activeElement?.tagName === "H3");
+  at.numbers = await page.locator(".hw-numbers").textContent();
+  at.address = new URL(page.url()).hash;
+  at.kept = await rings();
+  at.card = await page.locator(".hw-inplans").textContent();
+  await page.locator(".hw-tradeoffs select").first().selectOption("nll");
+  at.quality = new URL(page.url()).hash;
+  await page.locator(".hw-tradeoffs select").nth(1).selectOption("1024");
+  at.sentence = await page.locator(".hw-charts > p").textContent();
+  await page.getByRole("button", { name: "Close" }).click();
+  at.closed = await page.locator(".hw-numbers").count();
+  await page.locator(".hw-tradeoffs summary").first().click();
+  at.rows = await page.locator(".hw-tradeoffs tbody tr").count();
+  at.out = await page.locator(".hw-tradeoffs details").last().textContent();
+  await page.evaluate(() => { location.hash = "#L5.H1&dot=0.2%2Fplan"; });
+  await page.waitForSelector(".hw-numbers");
+  at.linked = await page.locator(".hw-numbers h3").textContent();
+  await page.close();
+}
+
 /** The widgets' modules, loaded as a notebook loads them: from a blob, with a model of the notebook's own. */
 async function widgets() {
   const data = JSON.parse(readFileSync(report, "utf8").match(/id="headwise-data">(.*?)<\/script>/s)[1]);
   const folder = join(dirname(fileURLToPath(import.meta.url)), "..", "..", "headwise", "view", "static");
   const page = await browser.newPage();
   page.on("pageerror", (error) => found.errors.push(String(error)));
-  for (const name of ["headmap", "headcard", "patternview"]) {
+  for (const name of ["headmap", "headcard", "patternview", "tradeoffview"]) {
     const source = readFileSync(join(folder, `${name}.js`), "utf8");
     found.widgets[name] = await page.evaluate(async ([source, data]) => {
       const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
@@ -135,17 +182,20 @@ try {
   await keyboard();
   await links();
   await pattern();
+  await tradeoffs();
   const looks = [
     ["roles", "light", ""],
     ["roles", "dark", ""],
     ["sequential", "dark", "#L5.H1&colour=induction_stripe"],
     ["diverging", "light", "#L10.H5&colour=induction_ablation"],
     ["table", "light", "#L4.H7&view=table&colour=entropy_change"],
+    ["plan", "light", "#L5.H1&dot=0.4%2Fplan"],
+    ["plan", "dark", "#L5.H1&dot=0.2%2Fplan&quality=nll"],
   ];
   for (const [name, colorScheme, hash] of looks) {
     const page = await open({ colorScheme, reducedMotion: "reduce" }, hash);
     await page.waitForTimeout(150);
-    for (const summary of await page.locator(".hw-card > details > summary").all()) await summary.click();
+    for (const summary of await page.locator(".hw-card > details > summary, .hw-tradeoffs > details > summary").all()) await summary.click();
     await check(page, `${name}-${colorScheme}`);
     await page.close();
   }
