@@ -4,7 +4,7 @@ python bench/gpu_cache.py [--shape 8b | small] [--device cuda] [--lengths 32768 
 
 For each length: seconds of a chunked prefill, milliseconds a token, bytes and GPU peak, for transformers' DynamicCache
 and for half of the KV heads full. With `--most`, the longest context before memory ends, by doubling and bisection.
-`--correct` first compares every cache method on the device with the same method on the CPU, in float32, on a tiny model.
+`--correct` first compares every cache method on the device with itself on the CPU, in float32, on a tiny model.
 Results go to bench/results/gpu_cache.json. `--shape small --device cpu --lengths 512` is the rehearsal without a GPU.
 """
 
