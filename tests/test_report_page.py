@@ -104,6 +104,11 @@ def test_every_dot_is_reached_by_the_arrow_keys(found):
     assert len(set(tried["walk"])) == 12 and tried["walk"][-1] == tried["walk"][-2]
 
 
+def test_presses_go_through_dots_that_lie_on_one_another(found):
+    first, second, third = found["tradeoffs"]["pressed"]
+    assert {first, second} == {"0.2/full", "bench/DynamicCache/2048"} and third == first
+
+
 def test_a_chosen_dot_gives_its_numbers_and_stays_in_the_address(found):
     tried = found["tradeoffs"]
     assert tried["address"] == "#L5.H1&dot=0.4%2Fplan"

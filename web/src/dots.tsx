@@ -90,11 +90,18 @@ function Dots({ state, places, width, name }: { state: State; places: Place[]; w
   const entry = order.find(({ dot }) => dot.key === state.dot.value) ?? order[0];
   const [last, setLast] = useState("");
   const stop = order.some(({ dot }) => dot.key === last) ? last : entry?.dot.key;
-  const nearest = (event: MouseEvent): Place | undefined => {
+  // Dots can lie on one another, as where random heads do as well as the plan: a plan is then found first, and each press goes on.
+  const near = (event: MouseEvent): string[] => {
     const frame = root.current!.getBoundingClientRect();
     const reach = (one: Place) => Math.hypot(one.x - event.clientX + frame.left, one.y - event.clientY + frame.top);
-    const best = [...places].sort((a, b) => reach(a) - reach(b))[0];
-    return best && reach(best) < 22 ? best : undefined;
+    const sorted = [...places].sort((a, b) => reach(a) - reach(b) || plansLast(b, a));
+    const best = sorted[0];
+    if (!best || reach(best) > 22) return [];
+    return sorted.filter((one) => Math.hypot(one.x - best.x, one.y - best.y) < 3).sort((a, b) => plansLast(b, a)).map(({ dot }) => dot.key);
+  };
+  const press = (event: MouseEvent) => {
+    const hits = near(event);
+    if (hits.length) state.dot.value = state.over.value = hits[(hits.indexOf(state.dot.value) + 1) % hits.length]!;
   };
   const move = (event: KeyboardEvent) => {
     const now = order.findIndex(({ dot }) => dot.key === (event.target as SVGElement).dataset.dot);
@@ -120,12 +127,12 @@ function Dots({ state, places, width, name }: { state: State; places: Place[]; w
       role="group"
       aria-label={`${name}; ${places.length} dots, arrow keys go from one to the next`}
       onKeyDown={move}
-      onMouseMove={(event) => { state.over.value = nearest(event)?.dot.key ?? ""; }}
+      onMouseMove={(event) => { const hits = near(event); state.over.value = hits.includes(state.dot.value) ? state.dot.value : hits[0] ?? ""; }}
       onMouseLeave={() => { state.over.value = ""; }}
-      onClick={(event) => { const hit = nearest(event); if (hit) state.dot.value = hit.dot.key; }}
+      onClick={press}
     >
       <Labels places={places} width={width} />
-      {order.map(({ dot, x, y }) => (
+      {[...order].sort(plansLast).map(({ dot, x, y }) => (
         <g
           data-dot={dot.key}
           role="button"
@@ -145,6 +152,9 @@ function Dots({ state, places, width, name }: { state: State; places: Place[]; w
   );
 }
 
+/** Plans are drawn over what lies in the same place. */
+const plansLast = (a: Place, b: Place) => Number(a.dot.kind === "plan") - Number(b.dot.kind === "plan");
+
 const LETTER = 5.9;
 
 type Anchor = "start" | "middle" | "end";
@@ -159,7 +169,7 @@ function Labels({ places, width }: { places: Place[]; width: number }) {
   const taken = places.map(({ x, y }): Box => [x - 8, y - 8, x + 8, y + 8]);
   const several = new Set(places.map(({ dot }) => dot.at)).size > 1;
   const shown: { text: string; x: number; y: number; anchor: Anchor }[] = [];
-  const order = [...places].sort((a, b) => Number(b.dot.kind === "plan") - Number(a.dot.kind === "plan"));
+  const order = [...places].sort((a, b) => plansLast(b, a));
   for (const { dot, x, y } of order) {
     const text = several ? `${dot.short} at ${dot.at.toLocaleString("en")}` : dot.short;
     const wide = text.length * LETTER;

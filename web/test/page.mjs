@@ -125,6 +125,14 @@ async function tradeoffs() {
   at.address = new URL(page.url()).hash;
   at.kept = await rings();
   at.card = await page.locator(".hw-inplans").textContent();
+  const corner = await chart.locator('[data-dot="0.2/full"]').boundingBox();
+  at.pressed = [];
+  for (let i = 0; i < 3; i++) {
+    await page.mouse.click(corner.x + corner.width / 2, corner.y + corner.height / 2);
+    at.pressed.push(await chart.locator('[aria-pressed="true"]').getAttribute("data-dot"));
+  }
+  await plan.focus();
+  await page.keyboard.press(" ");
   await page.locator(".hw-tradeoffs select").first().selectOption("nll");
   at.quality = new URL(page.url()).hash;
   await page.locator(".hw-tradeoffs select").nth(1).selectOption("1024");
