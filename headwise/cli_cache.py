@@ -94,6 +94,7 @@ def bench_command(
     """Measure caches side by side: seconds, bytes and answers, with transformers' own caches beside them."""
     with sentences():
         from headwise.plan import Plan, named_method
+        from headwise.view.report import write
 
         chosen = {text: named_method(text.removeprefix("cache.")) for text in methods or []}
         plans = {path.stem: Plan.load(path) for path in plan or []}
@@ -104,6 +105,7 @@ def bench_command(
                 raise ValueError(f"Plan {name} was not accepted by a test; --force measures it all the same.")
         rows = _bench(opened, tokenizer, chosen, plans, (at, tokens, rounds, seed), quality)
         atlas.add_bench(rows)
+        write(atlas, atlas.path / "report.html")
         if as_json:
             print_json(rows)
             return
