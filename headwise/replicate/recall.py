@@ -104,16 +104,20 @@ def trained(
     block: int | None = None,
     steps: int = 500,
     length: int = 128,
-    rows: int = 16,
+    shares: tuple[float, float] = (0.2, 0.3),
+    rate: float = 5e-3,
     name: str = "",
 ) -> LlamaForCausalLM:
-    """A small model that attends by this method and has learned to say the values that are asked for."""
+    """A small model that attends by this method and has learned to say the values that are asked for.
+
+    `shares`: how much of the text is new pairs, and asked-for ones; `rate`: the largest learning rate.
+    """
     model, generator = small_model(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 20) * (1 - s / steps) + 0.02)
     model.train()
     for _ in tqdm(range(steps), desc=f"{name} training", disable=hidden(), leave=False):
-        ids = recalling_text(rows, length, generator)
+        ids = recalling_text(16, length, generator, *shares)
         loss = nats(answers(model, ids, method, block), ids)
         optimizer.zero_grad()
         loss.backward()
