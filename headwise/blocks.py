@@ -155,6 +155,67 @@ class Offloaded(Appended):
         super().pick(rows.cpu())
 
 
+class Archive(Offloaded):
+    """Blocks of keys and values in host memory, each with a key that stands for it where the model runs.
+
+    Attributes:
+        marks: [B, H, blocks, d] the keys that stand for the blocks.
+    """
+
+    codable = False  # blocks of padded rows are written in place, later than those of others
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.marks: Tensor | None = None
+
+    def put(self, number: int, rows: Tensor, batch: int, k: Tensor, v: Tensor, mark: Tensor) -> None:
+        """Keep block `number` of some rows: k [R, H, size, d], v [R, H, size, dv], mark [R, H, d]; `batch` is B."""
+        if number * self.size >= self.length:
+            self.append(k.new_zeros(batch, *k.shape[1:]), v.new_zeros(batch, *v.shape[1:]))
+            room = mark.new_zeros(batch, mark.shape[1], 1, mark.shape[2])
+            self.marks = room if self.marks is None else torch.cat([self.marks, room], 2)
+        assert self.marks is not None
+        self.marks[rows, :, number] = mark
+        place, host = slice(number * self.size, (number + 1) * self.size), rows.to(self.k.device)
+        self.k[host, :, place], self.v[host, :, place] = k.to(host.device), v.to(host.device)
+
+    def fetch(self, mean: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks whose marks fit a mean query [B, H*G, d] best, of the first count [B] blocks of each row.
+
+        Returns:
+            keys and values [B, H, tokens, d], and whether they exist [B, tokens].
+        """
+        assert self.marks is not None
+        fit = (mean.unflatten(1, (self.marks.shape[1], -1)).sum(2)[:, :, None] * self.marks).sum((1, 3))
+        numbers = torch.arange(fit.shape[1], device=fit.device)
+        best = fit.masked_fill(numbers >= count[:, None], -torch.inf).topk(min(most, fit.shape[1]))
+        columns = (best.indices[..., None] * self.size + torch.arange(self.size, device=fit.device)).flatten(1)
+        columns = columns[:, None].expand(-1, self.k.shape[1], -1).to(self.k.device)
+        k, v = (columns_of(one, columns).to(fit.device) for one in (self.k, self.v))
+        return k, v, (best.values > -torch.inf).repeat_interleave(self.size, 1)
+
+    def pick(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        super().pick(rows)
+        self.marks = None if self.marks is None else self.marks.index_select(0, rows)
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        super().clear()
+        self.marks = None
+
+    def offloaded(self) -> Iterator[Tensor]:
+        """The tensors in host memory."""
+        return super().tensors()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that are held."""
+        yield from super().tensors()
+        if self.marks is not None:
+            yield self.marks
+
+
 class Shelf(Buffer):
     """A buffer that lets go of its oldest tokens.
 

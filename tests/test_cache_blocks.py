@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import block_twins
+import naive_codes
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -13,6 +14,7 @@ from headwise.blocks import Bounds
 from headwise.cache.infllm import InfLLM
 from headwise.cache.longheads import LongHeads
 from headwise.cache.pages import Pages
+from headwise.cache.quantised import Quantised
 from headwise.kv_cache import kv_units
 from headwise.rotary import rotation
 
@@ -181,6 +183,16 @@ def test_beams_run_and_speculation_says_what_decoding_says(llama, method):
         assert llama.generate(ids, max_new_tokens=12, do_sample=False, num_beams=3).shape == (1, 48)
     finally:
         detach(llama)
+
+
+@pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
+def test_in_eight_bits_they_say_nearly_the_same(llama, method, monkeypatch):
+    monkeypatch.setattr("headwise.codes.primitives", lambda: naive_codes)
+    ids, turns = text(), [40, 1, 1, 1, 1]
+    plain, _ = through(llama, method, ids, [0, 5], turns)
+    ours, _ = through(llama, Quantised(8, of=method), ids, [0, 5], turns)
+    off = (ours - plain)[:, -4:].abs().median() / plain[:, -4:].abs().median()
+    assert 0 < off < 0.1
 
 
 @pytest.mark.parametrize(

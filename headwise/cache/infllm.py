@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headwise.blocks import Offloaded, Replaying, Shelf, columns_of, cuts, mix_near_and_far, received, rotation_of
+from headwise.blocks import Archive, Replaying, Shelf, columns_of, cuts, mix_near_and_far, received, rotation_of
 from headwise.kv_cache import CacheMethod
 from headwise.rotary import Rotate
 from headwise.store import Store, Turn, mix
@@ -61,9 +61,8 @@ class Memory(Replaying):
         super().__init__()
         self.method = method
         self.near = Shelf(method.recent + 2 * method.block + method.chunk)
-        self.far = Offloaded()
+        self.far = Archive(method.block)
         self.received: Tensor | None = None  # [B, H, near] attention that each near token got
-        self.marks: Tensor | None = None  # [B, H, blocks, d] the key that stands for a block
         self.sink_k: Tensor | None = None  # [B, H, sink, d]
         self.sink_v: Tensor | None = None
         self.count: Tensor | None = None  # [B] blocks of each row
@@ -94,28 +93,15 @@ class Memory(Replaying):
         seen = (seen | (columns == queries[:, None]))[:, None]
         real = queries >= self.first[:, None]
         self.received += received(q, self.near.k, seen, real, turn.scale or 1.0)
-        if self.marks is None or self.sink_k is None or self.sink_v is None:
+        if self.far.marks is None or self.sink_k is None or self.sink_v is None:
             return mix(q, self.near.k, self.near.v, seen, turn)
         away = rotate(q, self.method.recent + self.method.block - queries)
         real = real[:, None, :, None]
-        k, v, there = self._fetch((away * real).sum(2) / real.sum(2).clamp_min(1))
+        k, v, there = self.far.fetch((away * real).sum(2) / real.sum(2).clamp_min(1), self.count, self.method.blocks)
         k, v = torch.cat([self.sink_k, k], 2), torch.cat([self.sink_v, v], 2)
         there = torch.cat([(self.count > 0)[:, None].expand(-1, self.method.sink), there], 1)
         there = there[:, None, None].expand(-1, -1, q.shape[2], -1)
         return mix_near_and_far((q, away), (self.near.k, self.near.v), (k, v), (seen, there), turn)
-
-    def _fetch(self, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values [B, H, tokens, d] of the blocks that fit the mean query [B, H*G, d], and which exist."""
-        assert self.marks is not None and self.count is not None
-        fit = (mean.unflatten(1, (self.marks.shape[1], -1)).sum(2)[:, :, None] * self.marks).sum((1, 3))
-        numbers = torch.arange(fit.shape[1], device=fit.device)
-        best = fit.masked_fill(numbers >= self.count[:, None], -torch.inf).topk(min(self.method.blocks, fit.shape[1]))
-        inside = torch.arange(self.method.block, device=fit.device)
-        columns = (best.indices[..., None] * self.method.block + inside).flatten(1)[:, None].to(self.far.k.device)
-        k, v = (
-            columns_of(one, columns.expand(-1, one.shape[1], -1)).to(fit.device) for one in (self.far.k, self.far.v)
-        )
-        return k, v, (best.values > -torch.inf).repeat_interleave(self.method.block, 1)
 
     def _shelve(self, column: int, rotate: Rotate) -> Tensor:
         """Send away the blocks of which no token is among the `recent` before a column; [B] where the rest begins."""
@@ -140,20 +126,12 @@ class Memory(Replaying):
         k, v = self._turned(rows, columns, rotate)
         top = self.received[rows].gather(2, columns - self.near.start).topk(method.representatives, 2).indices
         mark = k.gather(2, top[..., None].expand(-1, -1, -1, k.shape[3])).mean(2)
-        batch = len(self.first)
-        if number * method.block >= self.far.length:
-            self.far.append(k.new_zeros(batch, *k.shape[1:]), v.new_zeros(batch, *v.shape[1:]))
-            room = k.new_zeros(batch, heads, 1, k.shape[3])
-            self.marks = room if self.marks is None else torch.cat([self.marks[:, :, :number], room], 2)
-        assert self.marks is not None
-        self.marks[rows, :, number] = mark
-        place, host = slice(number * method.block, (number + 1) * method.block), rows.to(self.far.k.device)
-        self.far.k[host, :, place], self.far.v[host, :, place] = k.to(host.device), v.to(host.device)
+        self.far.put(number, rows, len(self.first), k, v, mark)
         if number == 0:
             columns = self.first[rows, None] + torch.arange(method.sink, device=rows.device)
             k, v = self._turned(rows, columns[:, None].expand(-1, heads, -1), rotate)
             if self.sink_k is None or self.sink_v is None:
-                self.sink_k, self.sink_v = (one.new_zeros(batch, *one.shape[1:]) for one in (k, v))
+                self.sink_k, self.sink_v = (one.new_zeros(len(self.first), *one.shape[1:]) for one in (k, v))
             self.sink_k[rows], self.sink_v[rows] = k, v
 
     def _turned(self, rows: Tensor, columns: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
@@ -163,4 +141,4 @@ class Memory(Replaying):
 
     def offloaded(self) -> Iterator[Tensor]:
         """The tensors in host memory."""
-        yield from self.far.tensors()
+        return self.far.offloaded()

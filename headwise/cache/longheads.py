@@ -59,6 +59,7 @@ class Chunks(Replaying):
         self.method = method
         self.kept = Appended(reserve)
         self.asked = Shelf()
+        self.asked.codable = False
         self.known: Tensor | None = None  # [B, H*G, chunks, d]
         self.count: Tensor | None = None  # [B] complete chunks of each row
         self.chosen: Tensor | None = None
