@@ -168,6 +168,18 @@ class KVLayer(CacheLayerMixin):
             z[:, :, part.heads] = part.store.attend(*mine, turn.of_heads(part.heads)).transpose(1, 2)
         return z
 
+    def take(self, keys: Tensor, values: Tensor, groups: int) -> None:
+        """Remember the first tokens of a text whose attention was computed elsewhere: [B, H, T, d], without padding."""
+        if self.tokens:
+            raise ValueError(
+                f"Layer {self.number} holds {self.tokens} tokens already; only an empty cache takes others."
+            )
+        self.lazy_initialization(keys, values)
+        self._make_parts(groups, keys.device)
+        for part in self.parts:
+            part.store.remember(keys.index_select(1, part.kv), values.index_select(1, part.kv), Turn(0))
+        self.tokens = keys.shape[2]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns of the mask, the first one's number): always the logical length."""
         return self.tokens + query_length, 0
@@ -269,6 +281,19 @@ class KVCache(Cache):
             layers[number].reserve = reserve
         layers[max(_full_layers(model))].last = True
         super().__init__(layers=layers)
+
+    def take(self, model: PreTrainedModel, other: DynamicCache) -> None:
+        """Keep of another cache what this one would have kept had the same context been read through it in one pass.
+
+        Only for methods whose choice does not look at queries, for which NotImplementedError is raised; rows must have
+        no padding, and all layers full attention.
+
+        Raises:
+            ValueError: this cache holds tokens already.
+        """
+        body = anatomy(model)
+        for layer, own in zip(self.layers, other.layers, strict=True):
+            layer.take(own.keys, own.values, body.heads(layer.number) // own.keys.shape[1])
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps alive, sliding and linear layers included."""

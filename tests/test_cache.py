@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from headwise.anatomy import anatomy
@@ -405,6 +406,21 @@ def test_what_razor_keeps_does_not_depend_on_the_cut():
     for state in states[1:]:
         for one, other in zip(state, states[0], strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("method", [Preallocated(), Duo(2, 6, whole=True), Razor(2, 6, 0.3)], ids=str)
+def test_a_context_may_come_from_another_cache(models, method):
+    model, inputs = models("llama"), text(length=50)
+    own = DynamicCache(config=model.config)
+    with caching(model), torch.no_grad():
+        model(inputs["input_ids"][:, :40], past_key_values=own)
+        cache = method.build(model)
+        cache.take(model, own)
+        got = model(inputs["input_ids"][:, 40:], past_key_values=cache).logits
+        want = kv_twins.cached_logits(model, inputs["input_ids"], None, method.build(model), [40, 10])[:, 40:]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="50 tokens already"):
+            cache.take(model, own)
 
 
 # Few bits

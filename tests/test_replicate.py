@@ -18,6 +18,9 @@ ROWS = {
     "qk_score": "s010",
     "fact_or_context": "s058",
     "retrieval_heads": "s066",
+    "flex_prefill": "s080",
+    "cca": "s083",
+    "landmark": "s091",
     "factual_recall": "s092",
     "successor_heads": "s107",
     "vit_heads": "s112",
@@ -137,18 +140,6 @@ def test_the_page_is_made_from_the_kept_results():
     assert (DOCS / "replications.md").read_text(encoding="utf-8") == replicate.page(folder)
     for row in replicate.kept(folder):
         assert row["outcome"] == judge(row["checks"])
-
-
-def test_the_compensation_token_is_exact_for_keys_that_are_alike():
-    from headwise.replicate.razor_heads import compensation
-
-    torch.manual_seed(0)
-    query, rest, values = torch.randn(8), torch.randn(5, 8), torch.randn(12, 8)
-    keys = torch.cat([rest, torch.randn(1, 8).expand(7, 8)])
-    full = (keys @ query).softmax(-1) @ values
-    key, value, more = compensation(keys[5:], values[5:])
-    scores = torch.cat([rest @ query, key @ query + more])
-    assert torch.allclose(scores.softmax(-1) @ torch.cat([values[:5], value]), full, atol=1e-5)
 
 
 def test_constructed_maps_are_patterns_of_three_kinds():

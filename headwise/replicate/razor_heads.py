@@ -1,11 +1,10 @@
 """RazorAttention: Efficient KV Cache Compression Through Retrieval Heads. Tang et al., 2024. arXiv:2407.15891
 
 Row s124 of the mission. Heads are chosen on repeated random tokens alone. A context is read in full, then only the
-chosen KV heads keep all of it, and the question sees what is left: the cache is simulated by hiding keys, so bytes
-are counted, not saved.
+chosen KV heads keep all of it, and the question is read through what is left: caches that drop what they do not keep,
+whose bytes are counted.
 """
 
-import copy
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,32 +12,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Cache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from headwise.anatomy import anatomy
+from headwise.attach import caching
+from headwise.cache import Duo, Razor
 from headwise.data import Needle, NeutralText, RepeatedTokens
-from headwise.do import Add, do
 from headwise.heads import Echo, RazorInduction
+from headwise.kv_cache import CacheMethod, KVCache, kv_units
 from headwise.models import open_model
 from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
 from headwise.score import Score
-from headwise.site import Unit
 from headwise.task import with_needle
 
-Kept = dict[str, int]
-
-
-def compensation(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, float]:
-    """One key and one value that stand for N dropped ones, and what is added to their score.
-
-    Args:
-        keys, values: [..., N, d].
-
-    Returns:
-        mean key and mean value [..., 1, d], and log N: exact where all dropped keys are alike.
-    """
-    return keys.mean(-2, keepdim=True), values.mean(-2, keepdim=True), float(torch.tensor(float(keys.shape[-2])).log())
+# How the KV heads are treated that do not keep everything: {KV head: method}.
+Policy = dict[str, CacheMethod]
 
 
 @dataclass(frozen=True)
@@ -62,30 +50,27 @@ class RazorHeads(Replication):
     def run(self, seed: int = 0) -> Outcome:
         """Heads come from random tokens, the figures from prose: no prompt is used for both."""
         model, tokenizer = open_model("default")
-        kv = [
-            str(Unit("", layer, "G", g))
-            for layer in anatomy(model).layers
-            for g in range(anatomy(model).kv_heads(layer))
-        ]
         heads = self.search(model, tokenizer, seed)
         needles = Needle(length=1000).make(tokenizer, 36 if self.full else 18, seed)
-        prose = NeutralText(length=1128).make(tokenizer, 8 if self.full else 4, seed)
-        others = [u for u in kv if u not in heads]
-        drawn = random.Random(f"random KV heads {seed}").sample(others, self.chosen)
-        policies = {"razor": heads, "random heads": drawn, "no choice": []}
+        prose = NeutralText(length=1128).make(tokenizer, 16 if self.full else 8, seed)
+        drawn = random.Random(f"random KV heads {seed}").sample(
+            [u for u in kv_units(model) if u not in heads], self.chosen
+        )
         found: dict[str, list[Tensor]] = {}
         nats: dict[str, list[Tensor]] = {}
         saved: list[dict[str, float]] = []
         with tqdm(total=len(needles) + len(prose), desc="s124 contexts", disable=hidden(), leave=False) as bar:
             for row in range(len(needles)):
-                answers, share = self._needle(model, needles.take([row]), policies)
+                answers, share = self._needle(model, needles.take([row]), heads, drawn)
                 saved.append(share)
                 for name, value in answers.items():
                     found.setdefault(name, []).append(value)
                 bar.update()
             for row in range(len(prose)):
-                ids = prose.ids[row : row + 1]
-                for name, value in self._asked(model, ids, 1000, policies).items():
+                answers, _ = self._asked(
+                    model, prose.ids[row : row + 1], 1000, self._policies(model, 1000, heads, drawn)
+                )
+                for name, value in answers.items():
                     nats.setdefault(name, []).append(value)
                 bar.update()
         rate = {name: 100 * float(torch.stack(v).float().mean()) for name, v in found.items()}
@@ -103,65 +88,51 @@ class RazorHeads(Replication):
         rest = [unit for unit in induction.top(len(induction.table)) if unit not in by_echo]
         return by_echo + rest[: self.chosen - len(by_echo)]
 
-    def _needle(self, model, batch, policies) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _policies(self, model, context: int, heads: list[str], drawn: list[str]) -> dict[str, Policy]:
+        """Chosen heads keep all; without choice every head keeps as many recent tokens as make the bytes equal."""
+        units = kv_units(model)
+        short = self.sink + self.recent
+        even = round((self.chosen * context + (len(units) - self.chosen) * (short + 1)) / len(units)) - self.sink
+
+        def beside(kept: list[str], method: CacheMethod) -> Policy:
+            return {unit: method for unit in units if unit not in kept}
+
+        razor = Razor(self.sink, self.recent, share=0.0)
+        return {
+            "full": {},
+            "razor": beside(heads, razor),
+            "random heads": beside(drawn, razor),
+            "no choice": beside([], Duo(self.sink, even, whole=True)),
+            "razor, nothing for the dropped": beside(heads, Duo(self.sink, self.recent, whole=True)),
+        }
+
+    def _needle(self, model, batch, heads, drawn) -> tuple[dict[str, Tensor], dict[str, float]]:
         start = int(batch.inputs["attention_mask"].argmax())
         said = with_needle(batch)
-        ids = said.ids[:, start:]
         context = int(batch.spans["question"][0, 0]) - start
-        share = {name: self._saved(model, context, kept) for name, kept in policies.items()}
-        return self._asked(model, ids, context, policies, said.answer[0]), share
+        policies = self._policies(model, context, heads, drawn)
+        return self._asked(model, said.ids[:, start:], context, policies, said.answer[0])
 
-    def _saved(self, model, context: int, kept: list[str]) -> float:
-        """Share of the context's keys and values that are gone."""
-        layers = anatomy(model).layers
-        total = sum(anatomy(model).kv_heads(layer) for layer in layers)
-        short = min(context, self._short(model, context, kept) + (1 if kept else 0))
-        return 1 - (len(kept) * context + (total - len(kept)) * short) / (total * context)
+    def _asked(self, model, ids: Tensor, context: int, policies: dict[str, Policy], answer: Tensor | None = None):
+        """Read the context once, then the rest through each cache: is the answer said, or (without one) nats a token.
 
-    def _short(self, model, context: int, kept: list[str]) -> int:
-        """Keys that a head without the whole context sees: sink and recent ones; without choice the whole budget."""
-        if kept:
-            return self.sink + self.recent
-        total = sum(anatomy(model).kv_heads(layer) for layer in anatomy(model).layers)
-        return round((self.chosen * context + (total - self.chosen) * (self.sink + self.recent + 1)) / total)
-
-    def _asked(self, model, ids: Tensor, context: int, policies, answer: Tensor | None = None) -> dict[str, Tensor]:
-        """Read the context once; then the rest under each policy: is the answer said, or (without one) nats a token."""
-        with torch.no_grad():
-            cache = model.base_model(input_ids=ids[:, :context], use_cache=True).past_key_values
-        runs = {"full": (None, False), **{name: (kept, bool(kept)) for name, kept in policies.items()}}
-        runs["razor, nothing for the dropped"] = (policies["razor"], False)
-        out = {}
-        for name, (kept, compensate) in runs.items():
-            copied = copy.deepcopy(cache)
-            edits = [] if kept is None else self._hide(model, copied, context, ids.shape[1], kept, compensate)
-            with torch.no_grad(), do(model, *edits):
-                logits = model(input_ids=ids[:, context:], past_key_values=copied).logits[0].float()
-            if answer is None:
-                out[name] = -logits[:-1].log_softmax(-1).gather(-1, ids[0, context + 1 :, None]).mean()
-            else:
-                out[name] = (logits[-len(answer) :].argmax(-1) == answer).all()
-        return out
-
-    def _hide(self, model, cache: Cache, context: int, width: int, kept: list[str], compensate: bool) -> list[Add]:
-        """What takes the dropped keys out of sight, layer by layer; with compensation, one of them stands for all."""
-        body, edits = anatomy(model), []
-        short = self._short(model, context, kept)
-        first, end = self.sink, context - (short - self.sink)
-        for place, layer in enumerate(body.layers):
-            bias = torch.zeros(1, body.heads(layer), 1, width)
-            for g in range(body.kv_heads(layer)):
-                if f"L{layer}.G{g}" in kept or end - first < 2:
-                    continue
-                heads = [h for h in range(body.heads(layer)) if body.group(layer, h) == g]
-                bias[0, heads, 0, first:end] = -torch.inf
-                if compensate:
-                    part = cache.layers[place]
-                    key, value, more = compensation(part.keys[:, g, first:end], part.values[:, g, first:end])
-                    part.keys[:, g, first : first + 1], part.values[:, g, first : first + 1] = key, value
-                    bias[0, heads, 0, first] = more
-            edits.append(Add(f"L{layer}.scores", bias))
-        return edits
+        Returns:
+            {policy: result} and {policy: share of the bytes of the full cache that is saved before the question}.
+        """
+        own = DynamicCache(config=model.config)
+        out, held = {}, {}
+        with torch.no_grad(), caching(model):
+            model.base_model(input_ids=ids[:, :context], past_key_values=own)
+            for name, policy in policies.items():
+                cache = KVCache(model, policy, reserve=ids.shape[1])
+                cache.take(model, own)
+                held[name] = cache.bytes()
+                logits = model(input_ids=ids[:, context:], past_key_values=cache).logits[0].float()
+                if answer is None:
+                    out[name] = -logits[:-1].log_softmax(-1).gather(-1, ids[0, context + 1 :, None]).mean()
+                else:
+                    out[name] = (logits[-len(answer) :].argmax(-1) == answer).all()
+        return out, {name: 1 - size / held["full"] for name, size in held.items()}
 
     def _judge(self, rate, loss, share, off: Tensor, n: int, heads: list[str]) -> Outcome:
         more = loss["razor"] - loss["full"]
@@ -176,7 +147,7 @@ class RazorHeads(Replication):
             "the compensation token lowers the loss": float(off.mean()) > 0,
         }
         measured = (
-            f"{saved:.0f} % of KV entries hidden: {rate['razor']:.0f} % of {n} needles ({rate['full']:.0f} % "
+            f"{saved:.0f} % of the cache's bytes saved: {rate['razor']:.0f} % of {n} needles ({rate['full']:.0f} % "
             f"with full memory), "
             f"prose {more:+.3f} nats, {float(off.mean()):+.4f} more without the compensation token"
         )
