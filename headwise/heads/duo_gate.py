@@ -1,7 +1,11 @@
 """DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads.
 Xiao et al., 2024. arXiv:2410.10819
 
-Row s104 of the mission.
+Row s104 of the mission. On SmolLM2-135M-Instruct, 16 prompts of 500 tokens with two passkeys and default fields take
+a minute and a half of one core; 45 of 90 gates end below 0.5, and 27 at 0. On other prompts (6 needles, 6 passkeys of
+two, 6 keys of four; 500 tokens, window 16 + 64, the question read apart) the 45 KV heads with the largest gates find as
+many as all do, and so do the first 30; 45 random ones find 6 and 0 needles (two draws) and no passkey. Rank correlation
+is 0.7 with attention to earlier copies (`echo`, `razor_induction`), and 0.3 with measured need.
 """
 
 import random
