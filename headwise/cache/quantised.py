@@ -68,6 +68,12 @@ class _Coded(Store):
         self._freeze(thawed)
         return z
 
+    def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
+        """Take in new tokens as the store inside does."""
+        thawed = self._thaw()
+        self.inner.remember(k, v, turn)
+        self._freeze(thawed)
+
     def _thaw(self) -> dict[str, Tensor]:
         thawed = {name: self.codec.decode(parts) for name, parts in self.codes.items()}
         for name, value in thawed.items():
