@@ -441,6 +441,17 @@ def test_few_bits_are_few_bytes_and_near():
         assert half.dtype == torch.bfloat16 and (half.float() - x).norm() / x.norm() < off + 0.01
 
 
+@pytest.mark.parametrize("inner", [None, Streaming(2, 12), Razor(2, 12), SnapKV(4, 16), AdaKV(4, 16)], ids=str)
+def test_few_bits_change_little(models, inner):
+    model, inputs = models("llama"), text(length=60, pads=(0, 5))
+    real, turns = inputs["attention_mask"].bool(), [30, *[1] * 30]
+    with caching(model):
+        want = through(model, inputs, (inner or Preallocated()).build(model), turns)[real]
+        for bits, most in ((8, 0.01), (4, 0.1)):
+            got = through(model, inputs, Quantised(bits, of=inner).build(model), turns)[real]
+            assert 0 < (got - want).norm() / want.norm() < most
+
+
 def test_the_naive_codes_are_those_of_torchao():
     real = pytest.importorskip("torchao.quantization.quant_primitives")
     x = torch.randn(2, 3, 50, 64, generator=torch.Generator().manual_seed(0))
