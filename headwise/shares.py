@@ -5,7 +5,7 @@ streaming heads side by side as rows of one batch.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from headwise.anatomy import Anatomy, anatomy
 from headwise.matmul import fast_matmul
-from headwise.narrow import Window, alone, checked, kv_heads, narrowed
+from headwise.narrow import Window, alone, checked, narrowed
 from headwise.progress import hidden
 from headwise.score import Score
 from headwise.site import Unit
@@ -77,41 +77,25 @@ def answers(
     Raises:
         ValueError: a unit that is no KV head of this model, or a batch without tokens.
     """
-    total = len(batch) * len(choices)
-    bar = tqdm(total=total, desc=label, disable=label is None or hidden(), leave=False)
-    with torch.no_grad(), fast_matmul(model), bar:
-        return _read(model, _opened(model, batch, whole), choices, window or Window(), at_once, bar.update)
-
-
-def _opened(model: PreTrainedModel, batch: Batch, whole: bool) -> "Iterator[Opened]":
-    for row in range(len(batch)):
-        yield opened(model, alone(batch, row).to(model.device), whole)
-
-
-def _read(
-    model: PreTrainedModel,
-    prompts: "Iterable[Opened]",
-    choices: Sequence[Collection[str]],
-    window: Window,
-    at_once: int,
-    advance: Callable[[int], object],
-) -> Answers:
-    streams = _rows(anatomy(model), choices)
+    window, streams = window or Window(), _rows(anatomy(model), choices)
     said: list[Tensor] = []
-    for prompt in prompts:
-        parts, most = [], at_once if prompt.repeats else 1
-        for start in range(0, len(choices), most):
-            some = {layer: rows[start : start + most].to(model.device) for layer, rows in streams.items()}
-            count = len(choices[start : start + most])
-            several = prompt.one.take([0] * count)
-            with narrowed(model, window, _mixing(some), layers=_touched(some)):
-                logits = answer_logits(model, several, prompt.inputs(count)).float()
-            right = logits.argmax(-1) == several.answer
-            if several.weight is not None:
-                right |= several.weight == 0
-            parts.append(torch.stack([logprob(logits, several), right.all(-1).float()]).cpu())
-            advance(count)
-        said.append(torch.cat(parts, 1))
+    bar = tqdm(total=len(batch) * len(choices), desc=label, disable=label is None or hidden(), leave=False)
+    with torch.no_grad(), fast_matmul(model), bar:
+        for row in range(len(batch)):
+            prompt = opened(model, alone(batch, row).to(model.device), whole)
+            parts, most = [], at_once if prompt.repeats else 1
+            for start in range(0, len(choices), most):
+                some = {layer: rows[start : start + most].to(model.device) for layer, rows in streams.items()}
+                count = len(choices[start : start + most])
+                several = prompt.one.take([0] * count)
+                with narrowed(model, window, _mixing(some), layers=_touched(some)):
+                    logits = answer_logits(model, several, prompt.inputs(count)).float()
+                right = logits.argmax(-1) == several.answer
+                if several.weight is not None:
+                    right |= several.weight == 0
+                parts.append(torch.stack([logprob(logits, several), right.all(-1).float()]).cpu())
+                bar.update(count)
+            said.append(torch.cat(parts, 1))
     both = torch.stack(said, -1)
     return Answers(both[0], both[1] > 0)
 
@@ -223,45 +207,6 @@ def descend(
     return [
         Step(full, full / count, float(lost[i]), float(found[i]), tuple(order[full:])) for i, full in enumerate(counts)
     ]
-
-
-def peel(
-    model: PreTrainedModel,
-    batch: Batch,
-    window: Window | None = None,
-    *,
-    whole: bool = True,
-    leave: float = 0.67,
-    at_once: int = 4,
-    label: str | None = None,
-) -> list[str]:
-    """KV heads in the order of their need, most needed first, each measured while less needed ones stream already.
-
-    A head whose work another one does as well is not needed alone; it is, once the other is gone. So the least needed
-    third is turned to streaming, the rest is measured again, and so on.
-
-    Args:
-        leave: share of the heads that stay after each round, above 0 and below 1.
-        whole, at_once: see `answers`.
-
-    Raises:
-        ValueError: a share out of range.
-    """
-    if not 0 < leave < 1:
-        raise ValueError(f"leave is {leave}; allowed is above 0 and below 1.")
-    full, gone = kv_heads(model), []
-    bar = tqdm(total=len(full), desc=label, disable=label is None or hidden(), leave=False)
-    with torch.no_grad(), fast_matmul(model), bar:
-        prompts = list(_opened(model, batch, whole))
-        while full:
-            got = _read(model, prompts, [[*gone, unit] for unit in full], window or Window(), at_once, lambda _: None)
-            kept = dict(zip(full, got.logprob.mean(-1).tolist(), strict=True))
-            full.sort(key=lambda unit: kept[unit])
-            least = full[min(len(full) - 1, int(len(full) * leave)) :]
-            full = full[: len(full) - len(least)]
-            gone += reversed(least)
-            bar.update(len(least))
-    return gone[::-1]
 
 
 def smallest(steps: Sequence[Step], keep: float = 0.95) -> Step:

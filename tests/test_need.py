@@ -12,7 +12,7 @@ from headwise.do import Add, Zero, do
 from headwise.heads import DuoGate, Need
 from headwise.narrow import Window, alone, kv_heads, narrowed, pads_of, streaming
 from headwise.scan import effects
-from headwise.shares import Step, answers, descend, peel, smallest
+from headwise.shares import Step, answers, descend, smallest
 from headwise.task import Batch, answer_logits, logprob
 
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
@@ -176,7 +176,6 @@ def test_one_of_two_twins_is_not_needed_but_both_are():
     got = answers(twins.model, batch, [(), pair], Window(2, 16))
     assert float((got.logprob[0] - got.logprob[1]).min()) > 3
     gates = DuoGate(sink=2, recent=16, steps=30, lr=0.1, penalty=0.005, whole=False).score(twins.model, batch)
-    assert set(peel(twins.model, batch, Window(2, 16), whole=False, leave=0.5)[:1]) < pair
     assert max(gates[u] for u in pair) > 0.4
     assert set(gates.top(2)) == pair
 
@@ -209,8 +208,6 @@ def test_sentences():
         effects(model, batch, ["L1.G2"], WINDOW)
     with pytest.raises(ValueError, match="steps = 0"):
         DuoGate(steps=0).score(model, batch)
-    with pytest.raises(ValueError, match="leave is 1"):
-        peel(model, batch, leave=1)
     with pytest.raises(ValueError, match="shares"):
         descend(model, batch, kv_heads(model), (1.5,))
     with pytest.raises(ValueError, match="A ranking of 1 KV heads"):
