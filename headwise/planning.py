@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
     "retrieval": ({}, "needle", {"length": 500}, 9),
     "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
-    "duo_gate": ({"steps": 60}, "passkeys", {"length": 700, "passkeys": 3, "asked": 3}, 12),
-    "need": ({"dtype": "bfloat16"}, "passkeys", {"length": 400, "passkeys": 3, "asked": 3}, 6),
+    "duo_gate": ({}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16),
+    "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 6),
 }
 KEEP, LOSS = 0.95, 0.05
 RULE = (
