@@ -129,7 +129,8 @@ def retrieval(
         batch: `at` and `answer` [B, P] in ascending columns, the same split into answers in every row.
         cache: makes a fresh cache for `past_key_values`; None is the model's own.
         chunk: tokens at most in one forward pass of the context; None reads it at once.
-        forced: read the right answers in place of the model's own; the first wrong token is the same either way.
+        forced: read the right answers in place of the model's own. An answer is right either way or neither, but a
+            wrong one does not mislead those after it.
         apart: the question (span "question"; the last token where there is none) is read after the context. When False
             the whole prompt is one prefill, so a cache that drops keys behind a pass shows nothing in the first token.
         step: called after each prompt.
@@ -228,6 +229,8 @@ def compare(
 ) -> dict[str, Quality]:
     """Passkeys, needles, keys, copying and held-out text through several caches, on the same prompts.
 
+    Answers are forced: each is what greedy decoding says behind the right answers to the questions before it.
+
     A quick measurement is 26 prompts a cache: 12 answers for passkeys, 6 for needles, 12 for keys, 8 for copying, and
     3 windows of text. A thorough one is 82.
 
@@ -250,7 +253,8 @@ def compare(
                 if task == "text":
                     found[name][task] = perplexity(model, batch.ids, cache, step=bar.update)
                 else:
-                    found[name][task] = retrieval(model, tokenizer, batch, cache, chunk, step=bar.update)
+                    how = {"forced": True, "step": bar.update}
+                    found[name][task] = retrieval(model, tokenizer, batch, cache, chunk, **how)
     return {name: _quality(results, at, seed, batches) for name, results in found.items()}
 
 

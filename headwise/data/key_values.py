@@ -17,7 +17,7 @@ class KeyValues(Task):
 
     Fields:
         length: tokens of a prompt, about.
-        pairs: how many lines, 1 to 60; asked: how many of them are asked for, one after the other.
+        pairs: how many lines, 1 to 53; asked: how many of them are asked for, one after the other.
         digits: digits of a number, all different.
     """
 

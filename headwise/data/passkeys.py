@@ -28,7 +28,7 @@ class Passkeys(Task):
 
     Fields:
         length: tokens of a prompt, about.
-        passkeys: how many are hidden, 1 to 58; asked: how many of them are asked for, one after the other.
+        passkeys: how many are hidden, 1 to 53; asked: how many of them are asked for, one after the other.
         words: words of a passkey.
     """
 
