@@ -13,9 +13,10 @@ from headwise.attach import attach, caching, detach
 from headwise.blocks import Bounds
 from headwise.cache.infllm import InfLLM
 from headwise.cache.longheads import LongHeads
-from headwise.cache.pages import Pages
+from headwise.cache.pages import Paged, Pages
 from headwise.cache.quantised import Quantised
 from headwise.kv_cache import kv_units
+from headwise.replicate.far import Made, divergence, last_logits, nats
 from headwise.rotary import rotation
 
 
@@ -235,3 +236,16 @@ def test_what_is_offloaded_is_counted_apart(llama):
 def test_sizes_that_cannot_be_are_refused(make):
     with pytest.raises(ValueError, match="allowed are"):
         make()
+
+
+def test_what_the_replications_measure(llama):
+    ids = text(rows=1)[0]
+    with torch.no_grad():
+        plain = llama(ids[None]).logits[0]
+    made = Made(llama, dict.fromkeys(kv_units(llama), SMALL))
+    full, _ = last_logits(llama, ids, Made(llama, {}), 10, turn=4)
+    torch.testing.assert_close(full, plain[-11:-1], atol=1e-4, rtol=1e-4)
+    other, cache = last_logits(llama, ids, made, 10, turn=4)
+    assert made.last is cache and len(made.stores(Paged)) == 2
+    assert divergence(full, full) == 0.0 and divergence(full, other) > 0.0
+    assert nats(full, ids) == pytest.approx(-float(plain.log_softmax(-1)[range(33, 43), ids[34:]].mean()), rel=1e-4)

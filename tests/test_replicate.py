@@ -16,6 +16,7 @@ from headwise.replicate import KEYS, Outcome, Replication, judge, settle
 
 ROWS = {
     "qk_score": "s010",
+    "infllm": "s044",
     "fact_or_context": "s058",
     "retrieval_heads": "s066",
     "flex_prefill": "s080",
@@ -26,6 +27,8 @@ ROWS = {
     "vit_heads": "s112",
     "razor_heads": "s124",
     "thinking_sparks": "s125",
+    "long_heads": "s115",
+    "lserve": "s123",
 }
 DOCS = Path(__file__).parents[1] / "docs"
 
