@@ -10,6 +10,7 @@ import typer
 
 from headwise import __version__
 from headwise.cli_cache import bench_command, plan_command
+from headwise.cli_why import why_command
 from headwise.progress import hidden
 from headwise.terminal import (
     INTERRUPTED,
@@ -236,6 +237,7 @@ def replicate(
 
 app.command("plan")(plan_command)
 app.command("bench")(bench_command)
+app.command("why")(why_command)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def gap(parts: list[Paths]) -> tuple[np.ndarray, np.ndarray]:
         ValueError: the metric is no larger on the clean ones, so there is nothing to explain.
     """
     clean, corrupt = (np.concatenate([value.cpu().float().numpy() for value in side]) for side in _sides(parts))
-    if not clean.mean() > corrupt.mean():
+    if not clean.mean() - corrupt.mean() > 1e-4 * max(1.0, abs(clean.mean())):
         raise ValueError(
             f"The metric is {clean.mean():.3g} on clean prompts and {corrupt.mean():.3g} on corrupt ones: it must be "
             "larger on clean ones, or there is nothing that a circuit could explain."
@@ -129,7 +129,8 @@ class Appraisal(Method):
 
     Fields:
         target: faithfulness that the verdict asks for.
-        draws: random circuits of each kind; halves: random halves of nodes; nodes: nodes left out one at a time.
+        draws: random circuits of each kind; halves: random halves of nodes; nodes: nodes left out one at a time, at
+            random, or with `largest` those with the largest edges.
         prompts: prompts in one part; rows: circuits side by side.
     """
 
@@ -138,6 +139,7 @@ class Appraisal(Method):
     draws: int = 20
     halves: int = 6
     nodes: int = 24
+    largest: bool = False
     prompts: int = 8
     rows: int = 1
     seed: int = 0
@@ -156,6 +158,8 @@ class Appraisal(Method):
         """As `measure`, on prompts that are prepared already."""
         if not len(graph):
             raise ValueError("A graph without edges has no worth to measure.")
+        if 0 < self.draws < 19:
+            raise ValueError(f"{self.draws} random circuits cannot show p < 0.05; draw at least 19, or 0 for no test.")
         clean, corrupt = gap(parts)
         draw = random.Random(f"worth {self.seed}")
         nodes = [node for node in graph.nodes if node != "logits"]
@@ -194,7 +198,13 @@ class Appraisal(Method):
         self, parts: list[Paths], graph: Graph, nodes: list[str], draw: random.Random, known: tuple
     ) -> dict[str, float]:
         own, clean, corrupt = known
-        tried = sorted(draw.sample(nodes, min(self.nodes, len(nodes))), key=nodes.index)
+        few = min(self.nodes, len(nodes))
+        size: dict[str, float] = {}
+        for source, target in graph.edges:
+            for node in (source, *graph.nodes_of(target)):
+                size[node] = max(size.get(node, 0.0), abs(graph[source, target]))
+        chosen = sorted(nodes, key=lambda node: -size.get(node, 0.0))[:few] if self.largest else draw.sample(nodes, few)
+        tried = sorted(chosen, key=nodes.index)
         if not tried:
             return {}
         without = outcomes(parts, [_without(graph.edges, {node}, graph) for node in tried], self.rows)
@@ -241,7 +251,7 @@ def _interval(own: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int
 def _others(make: Callable, paths: Paths, graph: Graph, draw: random.Random, count: int) -> list[list[Edge]]:
     """Random circuits other than the graph itself; none where the graph is the only one of its kind."""
     own, found = set(graph.edges), []
-    for _ in range(20 * count):
+    for _ in range(2 * count + 10 if count else 0):
         one = make(paths, graph, draw)
         if set(one) != own:
             found.append(one)
@@ -259,12 +269,17 @@ def random_paths(paths: Paths, graph: Graph, draw: random.Random) -> list[Edge]:
     sources = [row.nonzero()[:, 0].tolist() for row in paths.exists]
     at = {target: i for i, target in enumerate(paths.targets)}
     found: dict[Edge, None] = {}
-    while len(found) < len(graph):
-        node = "logits"
+    walks = 0
+    while len(found) < len(graph) and walks < len(graph):
+        node, walks = "logits", walks + 1
         while node in readers and len(found) < len(graph):
             target = draw.choice(readers[node])
             node = paths.sources[draw.choice(sources[at[target]])]
             found[node, target] = None
+    if len(found) < len(graph):
+        # Walks would seldom meet the last edges of a graph that is most of the model.
+        rest = [edge for edge in paths.all() if edge not in found]
+        found |= dict.fromkeys(draw.sample(rest, len(graph) - len(found)))
     return list(found)
 
 

@@ -1,0 +1,111 @@
+"""Why: the planted reason is found from one prompt; several tokens, made-up contrasts, and sentences for bad input."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from headwise import cli, models
+from headwise.data import Planted, Successor
+from headwise.graph import Graph
+from headwise.why import Why
+
+PROMPT = "When Mary and John left the park, John gave a ring to"
+KEYS = {
+    "prompt", "answer", "instead", "tokens", "contrast", "how", "metric", "clean", "corrupt", "faithfulness", "left",
+    "explains", "p", "losses", "says", "of", "nodes", "edges", "about",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return Planted(plain=20).build(5)
+
+
+def ask(planted, *words, **fields):
+    return Why(**{"draws": 0, **fields}).ask(planted.model, planted.tokenizer, *words)
+
+
+def test_the_planted_reason_is_found(planted):
+    reason = ask(planted, PROMPT, "Mary", "John", draws=19)
+    at = {role: unit for unit, role in planted.truth.items()}
+    assert reason.how == "exchanged" and "John and Mary" in reason.contrast[0]
+    assert reason.metric == "logit difference" and reason.worth.clean > 10 > -10 > reason.worth.corrupt
+    assert {at["name mover"], "logits"} <= set(reason.graph.nodes)
+    assert reason.worth.faithfulness == pytest.approx(1, abs=0.2) and len(reason.graph) < 20
+    assert reason.named("embed@2") == "Mary@2" and reason.named("L0.H1") == "L0.H1"
+    assert set(reason.data()) == KEYS and reason.data()["edges"][0]["target"]
+    assert json.dumps(reason.data(), default=str)
+
+
+def test_your_own_contrast(planted):
+    other = PROMPT.replace("John gave", "Paul gave")
+    reason = ask(planted, PROMPT, "Mary", "John", other)
+    assert reason.how == "given" and "Paul gave" in reason.contrast[0]
+    assert reason.worth.faithfulness > 0.8
+
+
+def test_a_contrast_is_made_up_where_no_name_can_be_exchanged(planted):
+    batch = Successor().make(planted.tokenizer, 1, 0)
+    answer, foil = (planted.tokenizer.decode(ids[0, :1]) for ids in (batch.answer, batch.foil))
+    prompt = planted.tokenizer.decode(batch.ids[0, 1:])
+    assert answer not in prompt and foil not in prompt
+    reason = ask(planted, prompt, answer, foil)
+    assert reason.how == "random" and len(reason.contrast) == 3
+    assert reason.worth.faithfulness > 0.8 and reason.worth.corrupt < 0.5 * reason.worth.clean
+
+
+def test_answers_of_several_tokens_are_compared_as_a_whole(planted):
+    reason = ask(planted, PROMPT, "Mary and", "John")
+    assert reason.metric == "log-probability ratio"
+    with torch.no_grad():
+        total = {}
+        for text in ("Mary and", "John"):
+            ids = planted.tokenizer(f"<s>{PROMPT} {text}", add_special_tokens=False, return_tensors="pt").input_ids
+            logits = planted.model(ids).logits.log_softmax(-1)[0, :-1]
+            count = len(text.split())
+            total[text] = logits.gather(1, ids[0, 1:, None])[-count:].sum().item()
+    assert reason.worth.clean == pytest.approx(total["Mary and"] - total["John"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("", "Mary", "John"), "The prompt is empty"),
+        ((PROMPT, " ", "John"), "The answer is empty"),
+        ((PROMPT, "Mary", ""), "The answer that it is compared with is empty"),
+        ((PROMPT, "Mary", " Mary"), "are both 'Mary'; they must differ"),
+        ((PROMPT, "Mary", "Xyzzy"), "cannot go on with 'Xyzzy'"),
+        ((PROMPT, "Mary", "John", "When Mary"), "The contrast is 3 tokens and the prompt 14"),
+        ((PROMPT, "Mary", "John", PROMPT), "The contrast is the prompt itself"),
+        (("the " * 5000, "Mary", "John"), "this model reads at most 4096"),
+        ((PROMPT, "John", "Mary"), "nothing that a circuit could explain"),
+        ((PROMPT, "John", "Mary", PROMPT.replace("Mary", "Paul")), "prefers 'Mary' to 'John'|nothing that a circuit"),
+    ],
+)
+def test_bad_input_is_a_sentence(planted, words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ask(planted, *words)
+
+
+def test_bad_fields_are_sentences(planted):
+    with pytest.raises(ValueError, match="cannot show p < 0.05; draw at least 19"):
+        ask(planted, PROMPT, "Mary", "John", draws=5)
+    with pytest.raises(ValueError, match="not 1.2"):
+        ask(planted, PROMPT, "Mary", "John", target=1.2)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        Why().ask(planted.model, None, PROMPT, "Mary", "John")
+
+
+def test_the_command(planted, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "open_model", lambda *_args, **_options: (planted.model, planted.tokenizer))
+    words = ["why", "default", PROMPT, "--answer", "Mary", "--instead", "John", "--draws", "0"]
+    shown = CliRunner().invoke(cli.app, [*words, "-o", str(tmp_path / "g.parquet")])
+    assert shown.exit_code == 0 and "'Mary' instead of 'John': logit difference" in shown.stdout
+    assert "explain the behaviour" in shown.stdout and "logits" in shown.stdout
+    assert len(Graph.load(tmp_path / "g.parquet")) > 2
+    held = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).stdout)
+    assert set(held) == KEYS
+    wrong = CliRunner().invoke(cli.app, [*words[:5], "John", "--instead", "John"])
+    assert wrong.exit_code == 2
