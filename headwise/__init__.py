@@ -19,11 +19,13 @@ __version__ = "0.1.0"
 _ROOMS = ("data", "heads", "cache", "attention", "circuits")
 _NAMES = {
     "Add": "do",
+    "Appraisal": "worth",
     "Atlas": "atlas",
     "Batch": "task",
     "Claim": "claim",
     "Cut": "do",
     "Freeze": "do",
+    "Graph": "graph",
     "KVCache": "kv_cache",
     "Making": "planning",
     "Mask": "mask",
@@ -34,6 +36,7 @@ _NAMES = {
     "Resample": "do",
     "Scale": "do",
     "Score": "score",
+    "Why": "why",
     "Zero": "do",
     "attach": "attach",
     "caching": "attach",
@@ -101,6 +104,7 @@ if TYPE_CHECKING:
     from headwise.do import Scale as Scale
     from headwise.do import Zero as Zero
     from headwise.do import do as do
+    from headwise.graph import Graph as Graph
     from headwise.kv_cache import KVCache as KVCache
     from headwise.mapping import map_model as map_model
     from headwise.mask import Mask as Mask
@@ -114,3 +118,5 @@ if TYPE_CHECKING:
     from headwise.tap import tap as tap
     from headwise.task import Batch as Batch
     from headwise.verify import prove as prove
+    from headwise.why import Why as Why
+    from headwise.worth import Appraisal as Appraisal
