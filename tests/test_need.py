@@ -6,10 +6,13 @@ from families import FAMILIES
 from test_heads import traces
 
 from headwise.anatomy import anatomy
+from headwise.attach import caching
+from headwise.cache import Duo
 from headwise.data import Needle, Planted, RepeatedTokens
 from headwise.data.planted import PlantedModel
 from headwise.do import Add, Zero, do
 from headwise.heads import DuoGate, Need
+from headwise.kv_cache import kv_units
 from headwise.narrow import Window, alone, kv_heads, narrowed, pads_of, streaming
 from headwise.scan import effects
 from headwise.shares import Step, answers, descend, smallest
@@ -112,6 +115,19 @@ def test_answers_under_several_choices_equal_hidden_keys(name, whole):
                 with hidden_keys(model, choice, WINDOW, width, start=start):
                     naive = logprob(answer_logits(model, one), one)
                 assert float(got.logprob[i, row]) == pytest.approx(float(naive), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3_next"])
+def test_a_cache_in_two_parts_equals_the_window(name):
+    model, batch = make(name, padded=False)
+    units, full = kv_units(model), kv_units(model)[::2]
+    with torch.no_grad():
+        with streaming(model, [unit for unit in units if unit not in full], WINDOW):
+            masked = model(input_ids=batch.ids).logits
+        with caching(model):
+            cache = Duo(sink=1, recent=3).split(model, full)
+            parts = [model(input_ids=ids, past_key_values=cache).logits for ids in batch.ids.split((7, 2, 1), 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), masked, rtol=1e-4, atol=1e-4)
 
 
 # Planted heads.

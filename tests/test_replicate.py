@@ -23,6 +23,7 @@ ROWS = {
     "cca": "s083",
     "landmark": "s091",
     "factual_recall": "s092",
+    "duo_attention": "s104",
     "successor_heads": "s107",
     "vit_heads": "s112",
     "razor_heads": "s124",
