@@ -120,11 +120,16 @@ class Why(Method):
         first = parts[0].edges.parts[0].number
         clean, corrupt = parts[0].own.resid[first], parts[0].other.resid[first]
         appraisal = Appraisal(target=self.target, draws=self.draws, halves=0, nodes=12, largest=True, seed=self.seed)
-        own, _ = gap(parts)
+        own, rest = gap(parts)
         if own.mean() <= 0:
             raise ValueError(
                 f"After this prompt the model prefers {instead!r} to {answer!r} ({metric_name} {own.mean():.3g}); ask "
                 "the other way round."
+            )
+        if how == "random" and rest.mean() > 0.5 * own.mean():
+            raise ValueError(
+                f"With random tokens for all that matters in the prompt the {metric_name} is still {rest.mean():.3g} of "
+                f"{own.mean():.3g}: the model prefers {answer!r} anyway. Give a contrast, or compare likelier answers."
             )
         ranked = attributed(self, parts, batch, [mean_slopes(parts[0], ("embed", 0), clean, corrupt, self.steps)])
         graph, _ = smallest(parts, ranked, self.target, spare=8)

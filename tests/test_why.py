@@ -89,6 +89,14 @@ def test_bad_input_is_a_sentence(planted, words, sentence):
         ask(planted, *words)
 
 
+def test_a_preference_that_hangs_on_no_word_is_a_sentence(planted, monkeypatch):
+    monkeypatch.setattr(Why, "_replaced", lambda self, model, question: [[*question.ids[:1], 9, *question.ids[2:]]])
+    monkeypatch.setattr("headwise.why._Question.exchanged", lambda self: [])
+    monkeypatch.setattr("headwise.why.gap", lambda parts: (torch.ones(1), torch.full((1,), 0.9)))
+    with pytest.raises(ValueError, match="is still 0.9 of 1: the model prefers 'Mary' anyway"):
+        ask(planted, PROMPT, "Mary", "John")
+
+
 def test_bad_fields_are_sentences(planted):
     with pytest.raises(ValueError, match="cannot show p < 0.05; draw at least 19"):
         ask(planted, PROMPT, "Mary", "John", draws=5)
