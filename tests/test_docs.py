@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import headwise
 from headwise import cli, models, replicate, score
-from headwise.atlas import Atlas
+from headwise.atlas import BENCH, Atlas
 from headwise.claim import ROLES
 from headwise.terminal import INTERRUPTED
 
@@ -229,9 +229,12 @@ def test_files_of_an_atlas(mapped):
         assert sorted(held.metadata()) == sorted(first("Patterns"))
         assert held.get_tensor("L5").dtype == "uint8" and held.get_tensor("L5").shape[0] == 9
     drawn = blocks(ROOT / "docs" / "contracts.md", "text")[0][1]
-    assert sorted({line.split("/")[0].strip() for line in drawn.splitlines()[1:]}) == sorted(
-        path.name for path in atlas.path.iterdir()
-    )
+    # `headwise plan` and `headwise bench` write these two.
+    later = {"plans", "bench.parquet"}
+    named = {line.split("/")[0].strip() for line in drawn.splitlines()[1:]}
+    assert named - later == {path.name for path in atlas.path.iterdir()}
+    atlas.add_bench([{key: None for key in BENCH if key != "when"} | {"cache": "a", "at": 1, "bytes": 1}])
+    assert schema(atlas.bench()) == [row[:2] for row in table("bench.parquet")]
 
 
 def test_masks(tmp_path):
