@@ -129,7 +129,7 @@ class Why(Method):
         if how == "random" and rest.mean() > 0.5 * own.mean():
             raise ValueError(
                 f"With random tokens for all that matters in the prompt the {metric_name} is still {rest.mean():.3g} "
-                f"of {own.mean():.3g}: the model prefers {answer!r} anyway. Give a contrast, or compare likelier answers."
+                f"of {own.mean():.3g}: the model prefers {answer!r} anyway. Give a contrast, or other answers."
             )
         ranked = attributed(self, parts, batch, [mean_slopes(parts[0], ("embed", 0), clean, corrupt, self.steps)])
         graph, _ = smallest(parts, ranked, self.target, spare=8)
