@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+from report_cache import caches
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 NAMES = {
@@ -59,6 +61,7 @@ def main() -> None:
         full(load("ablation_scan_last_full")),
         screening(load("screen")),
         mapping(load("map_time")),
+        caches(load, circumstances),
         NOTES.strip(),
     ]
     (ROOT / "docs" / "bench.md").write_text("\n\n".join(part for part in parts if part) + "\n")
