@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from headwise.attach import caching
-from headwise.cache import Duo, Razor
+from headwise.cache import Razor
 from headwise.data import Needle, NeutralText, RepeatedTokens
 from headwise.heads import Echo, RazorInduction
 from headwise.kv_cache import CacheMethod, KVCache, kv_units
@@ -27,6 +27,7 @@ from headwise.task import with_needle
 
 # How the KV heads are treated that do not keep everything: {KV head: method}.
 Policy = dict[str, CacheMethod]
+OFF = "razor, nothing for the dropped"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class RazorHeads(Replication):
                 bar.update()
         rate = {name: 100 * float(torch.stack(v).float().mean()) for name, v in found.items()}
         loss = {name: float(torch.stack(v).mean()) for name, v in nats.items()}
-        off = torch.stack(nats["razor, nothing for the dropped"]) - torch.stack(nats["razor"])
+        off = torch.stack(nats[OFF]) - torch.stack(nats["razor"])
         share = {name: 100 * sum(s[name] for s in saved) / len(saved) for name in saved[0]}
         return self._judge(rate, loss, share, off, len(needles), heads)
 
@@ -102,9 +103,16 @@ class RazorHeads(Replication):
             "full": {},
             "razor": beside(heads, razor),
             "random heads": beside(drawn, razor),
-            "no choice": beside([], Duo(self.sink, even, whole=True)),
-            "razor, nothing for the dropped": beside(heads, Duo(self.sink, self.recent, whole=True)),
+            "no choice": beside([], Razor(self.sink, even, share=0.0)),
+            OFF: beside(heads, razor),
         }
+
+    def _silence(self, cache: KVCache) -> None:
+        """Take the compensation tokens out of sight of the next pass; all else stays as it is."""
+        for layer in cache.layers:
+            for part in layer.parts:
+                if isinstance(part.method, Razor):
+                    part.store.bias[:, :, self.sink] = -torch.inf
 
     def _needle(self, model, batch, heads, drawn) -> tuple[dict[str, Tensor], dict[str, float]]:
         start = int(batch.inputs["attention_mask"].argmax())
@@ -127,6 +135,8 @@ class RazorHeads(Replication):
                 cache = KVCache(model, policy, reserve=ids.shape[1])
                 cache.take(model, own)
                 held[name] = cache.bytes()
+                if name in ("no choice", OFF):
+                    self._silence(cache)
                 logits = model(input_ids=ids[:, context:], past_key_values=cache).logits[0].float()
                 if answer is None:
                     out[name] = -logits[:-1].log_softmax(-1).gather(-1, ids[0, context + 1 :, None]).mean()
