@@ -3,6 +3,7 @@
 python bench/cache.py time [--lengths 2048 4096 8192]    decoding and prefill, contestants in turns in one process
 python bench/cache.py memory [--length 8192]             bytes of tensors and process peak, one process a contestant
 python bench/cache.py same [--prompts 20]                tokens of the lossless cache against plain generate
+python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
 python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, kvpress
 Results go to bench/results/cache_*.json; docs/bench.md is made from them by bench/report.py.
 """
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -178,6 +180,20 @@ def parts_of(batch, row: int) -> list:
     return [ids[:start], asked]
 
 
+def planning(share: float, test_at: int, out: str) -> None:
+    """How long a plan takes, causal check and trial included, and what the trial says; no score is kept from before."""
+    from headwise.planning import Making, make_plan
+
+    model, tokenizer = open_model()
+    start, busy = time.perf_counter(), time.process_time()
+    plan = make_plan(model, tokenizer, Making(bytes=share, test_at=test_at))
+    took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - busy}
+    plan.save(out)
+    assert plan.trial is not None
+    told = {"bytes": share, "test_at": test_at, "ranking": plan.about["ranking"], "dev": plan.about["dev"]}
+    race.save("cache_plan", {**about(), **took, **told, "trial": asdict(plan.trial), "count": plan.count()})
+
+
 def in_kvpress(plan: Plan, tokenizer, batches: dict, share: float) -> dict:
     """The same prompts through kvpress, in its own environment: the same head mask, and its own presses."""
     from headwise.models import default_model_path
@@ -201,13 +217,14 @@ def in_kvpress(plan: Plan, tokenizer, batches: dict, share: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("time", "memory", "one", "same", "quality"))
+    parser.add_argument("job", choices=("time", "memory", "one", "same", "plan", "quality"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--prefills", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--contestant", default="")
     parser.add_argument("--plan")
+    parser.add_argument("--bytes", type=float, default=0.4)
     parser.add_argument("--thorough", action="store_true")
     parser.add_argument("--kvpress", action="store_true")
     given = parser.parse_args()
@@ -219,6 +236,8 @@ def main() -> None:
         one(given.contestant, given.length)
     elif given.job == "same":
         same(given.prompts)
+    elif given.job == "plan":
+        planning(given.bytes, given.length, given.plan)
     else:
         answers(given.plan, given.length, given.thorough, given.kvpress)
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from headwise import quality
 from headwise.kv_cache import CacheMethod, KVCache, kv_units
+from headwise.matmul import fast_matmul
 from headwise.method import load
 from headwise.plan import Plan, Trial, as_data, held_share, kv_values, named_method
 from headwise.progress import hidden
@@ -35,6 +36,8 @@ RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
     "duo_gate": ({}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16),
     "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 6),
 }
+# Gates see what two heads do alike, need sees what is lost at once; their sum of ranks held best (docs/LOG.md).
+TOGETHER = ("duo_gate", "need")
 KEEP, LOSS = 0.95, 0.05
 RULE = (
     f"On prompts that chose nothing, at least {KEEP:.0%} of the answers that the full cache gets right are right too, "
@@ -95,7 +98,8 @@ def make_plan(
     if not scores:
         raise ValueError(f"No ranking of KV heads could be made: {' '.join(skipped.values())}")
     choices = _choices(model, making, scores, counts)
-    best = _best(model, tokenizer, making, choices)
+    with fast_matmul(model):
+        best = _best(model, tokenizer, making, choices)
     evidence = {unit: {name: round(values[unit], 6) for name, values in scores.items()} for unit in kv_units(model)}
     about = {
         "bytes": making.bytes,
@@ -168,12 +172,13 @@ def _scores(
 def _choices(
     model: "PreTrainedModel", making: Making, scores: Mapping[str, dict[str, float]], counts: Mapping[CacheMethod, int]
 ) -> list[_Choice]:
-    """Every ranking, and the mean of their ranks, with every treatment of the rest."""
+    """Every ranking, and the sum of ranks of two, with every treatment of the rest."""
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
-    if len(order) > 1:
-        place = {unit: sum(one.index(unit) for one in order.values()) for unit in units}
-        order["all ranks"] = sorted(units, key=lambda unit: place[unit])
+    together = [name for name in TOGETHER if name in order]
+    if len(together) > 1:
+        place = {unit: sum(order[name].index(unit) for name in together) for unit in units}
+        order[" + ".join(together)] = sorted(units, key=lambda unit: place[unit])
     return [_Choice(name, rest, order[name][: counts[rest]]) for rest in making.rest for name in order]
 
 
@@ -204,7 +209,8 @@ def try_plan(
     """The acceptance test of a plan: full cache, plan, two draws of random heads, and streaming of equal bytes."""
     making = making or Making()
     caches = {"full": None, **contestants(model, plan, making)}
-    found = quality.compare(model, tokenizer, caches, making.test_at, making.seed, quick=not making.thorough)
+    with fast_matmul(model):
+        found = quality.compare(model, tokenizer, caches, making.test_at, making.seed, quick=not making.thorough)
     full, mine = found["full"], found["plan"]
     kept, loss = mine.kept(full), mine.nll - full.nll
     rivals = [found[name].kept(full) for name in found if name.startswith("random")]
