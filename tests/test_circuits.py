@@ -154,7 +154,9 @@ def test_path_patching_finds_planted_circuits_and_nothing_else(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [EapIg(steps=20), EapIgActivations(steps=10)], ids=lambda m: type(m).__name__)
 def test_integrated_gradients_find_planted_circuits(method):
-    """At full sharpness planted attention is a step, at which gradients are blind; so it is made a tenth as sharp."""
+    """A favourable case, chosen after looking: of 1, 0.3, 0.2, 0.1 and 0.06 times the planted sharpness, only at 0.1
+    and with 20 steps did EAP-IG put all four edges of IOI on top (else 2 or 3); those of induction it found at each.
+    """
     planted = Planted(decoys=()).build(5)
     for block in planted.model.model.layers:
         block.self_attn.q_proj.weight.mul_(0.1)
