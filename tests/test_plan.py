@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES
 from transformers import DynamicCache
 
-from headwise.attach import attach, attached, caching, detach
+from headwise.attach import attached, caching, detach
 from headwise.bench import cost, dynamic, static
 from headwise.cache.duo import Duo
 from headwise.cache.preallocated import Preallocated
