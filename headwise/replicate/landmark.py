@@ -44,6 +44,12 @@ class Landmark(Replication):
     row: ClassVar[str] = "s091"
     claim: ClassVar[str] = "Landmarks find the blocks that matter, so that a few looked-up blocks do for all of them."
     paper: ClassVar[str] = "as good as Transformer-XL with fewer tokens looked up; LLaMA 7B extended to 32k"
+    changed: ClassVar[str] = (
+        "steps and learning rate were raised after a trial that had not settled (0.71 nats a value with all blocks, "
+        "now below 0.1). Training the last 60 % of steps with two blocks looked up was tried as well: looking up then "
+        "lost less (0.85 nats, against 0.48 with all and 1.44 with the latest), but found no needles either; it is not "
+        "in the paper and not used here."
+    )
 
     most_lost: ClassVar[float] = 0.03
     least_won: ClassVar[float] = 0.05
@@ -51,9 +57,9 @@ class Landmark(Replication):
 
     def run(self, seed: int = 0) -> Outcome:
         """Nats a value that can be known, behind the first blocks; needles stand in the first half of long text."""
-        steps, n = (2000, 256) if self.full else (700, 64)
-        model = trained(seed, METHOD, BLOCK, steps, LENGTH, name="s091")
-        plain = trained(seed, None, None, steps, LENGTH, name="s091 plain")
+        steps, n = (2500, 256) if self.full else (1200, 64)
+        model = trained(seed, METHOD, BLOCK, steps, LENGTH, rate=1e-2, name="s091")
+        plain = trained(seed, None, None, steps, LENGTH, rate=1e-2, name="s091 plain")
         draw = torch.Generator().manual_seed(10_000 + seed)
         text = recalling_text(n, LENGTH, draw)
         long = recalling_text(n, 4 * LENGTH, draw, needle=(0, LENGTH))
