@@ -345,9 +345,10 @@ def _check_task(model: "PreTrainedModel", tokenizer: Any, method: str, task: str
 
     exact = evidence in ("needed", "enough", "mediated")
     if model.main_input_name == "pixel_values" and task == PICTURES:
-        if exact and model.config.num_labels < 10:
+        classes = model.config.num_labels or 0
+        if exact and classes < 10:
             raise ValueError(
-                f"{_name(model)} tells {model.config.num_labels} classes apart and the pictures of {task} have ten, so "
+                f"{_name(model)} tells {classes} classes apart and the pictures of {task} have ten, so "
                 f"{method}, which measures the answer, has none here. Methods that read patterns work."
             )
         return
