@@ -192,7 +192,12 @@ def _best(
         total = len(choices) * sum(map(len, batches.values()))
         with tqdm(total=total, desc="choosing", disable=hidden(), leave=False) as bar:
             for choice in choices:
-                cache = _maker(model, dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest), making.then)
+                cache = _maker(
+                    model,
+                    dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest),
+                    making.test_at,
+                    making.then,
+                )
                 rights = [
                     quality.retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update)
                     .tokens.float()
@@ -228,24 +233,26 @@ def contestants(model: "PreTrainedModel", plan: Plan, making: Making) -> "dict[s
     """The plan, random heads in its place (two draws), one window for all heads; all of equal bytes at `test_at`."""
     units = kv_units(model)
     treatments = plan.treatments()
-    made: dict[str, Callable[[], KVCache]] = {"plan": _maker(model, treatments)}
+    made: dict[str, Callable[[], KVCache]] = {"plan": _maker(model, treatments, making.test_at)}
     for draw in range(2):
         mixed = random.Random(f"random heads {making.seed} {draw}").sample(units, len(units))
-        made[f"random {draw + 1}"] = _maker(model, dict(zip(mixed, (treatments[unit] for unit in units), strict=True)))
+        shuffled = dict(zip(mixed, (treatments[unit] for unit in units), strict=True))
+        made[f"random {draw + 1}"] = _maker(model, shuffled, making.test_at)
     rest = next(iter(plan.legend.values()))
     sink = getattr(rest, "sink", 16)
     room = max(1, round(plan.share_of_bytes(making.test_at) * making.test_at) - sink)
     whole = getattr(rest, "whole", False)
     window = named_method(f"duo:sink={sink},recent={room},whole={'true' if whole else 'false'}")
-    made["streaming"] = _maker(model, dict.fromkeys(units, window))
+    made["streaming"] = _maker(model, dict.fromkeys(units, window), making.test_at)
     return made
 
 
 def _maker(
-    model: "PreTrainedModel", treatments: Mapping[str, CacheMethod], others: CacheMethod | None = None
+    model: "PreTrainedModel", treatments: Mapping[str, CacheMethod], reserve: int, others: CacheMethod | None = None
 ) -> "Callable[[], KVCache]":
+    """Makers of caches with room for `reserve` tokens: bytes that are compared hold no slack of growing buffers."""
     everything = dict(treatments) if others is None else {**dict.fromkeys(kv_units(model), others), **treatments}
-    return lambda: KVCache(model, everything)
+    return lambda: KVCache(model, everything, reserve)
 
 
 def _row(name: str, one: "Quality", full: "Quality") -> dict[str, Any]:
