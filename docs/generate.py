@@ -14,6 +14,12 @@ DOCS = Path(__file__).parent
 ROOM_WORDS = {
     "data": "Prompts with an answer key, `make(tokenizer, n, seed) -> Batch`.",
     "heads": "A number per head, `score(model, batch) -> Score`.",
+    "cache": "Which keys and values exist, `store(reserve) -> Store`.",
+    "attention": "How queries mix values.",
+    "circuits": "Edges between places, `find(model, batch) -> Graph`.",
+    "features": "A basis or reader fitted to activations.",
+    "decode": "Which token comes next.",
+    "lab": "A trained model and its history.",
 }
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "heads", "cache", "attention", "circuits")
+_ROOMS = ("data", "heads", "cache", "attention", "circuits", "features", "decode", "lab")
 _NAMES = {
     "Add": "do",
     "Appraisal": "worth",
@@ -88,7 +88,10 @@ if TYPE_CHECKING:
     from headwise import cache as cache
     from headwise import circuits as circuits
     from headwise import data as data
+    from headwise import decode as decode
+    from headwise import features as features
     from headwise import heads as heads
+    from headwise import lab as lab
     from headwise.atlas import Atlas as Atlas
     from headwise.attach import attach as attach
     from headwise.attach import caching as caching

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headwise.score import Score
     from headwise.task import Batch
 
-ROOMS = ("data", "heads", "cache", "attention", "circuits")
+ROOMS = ("data", "heads", "cache", "attention", "circuits", "features", "decode", "lab")
 _HERE = Path(__file__).parent
 
 
