@@ -9,6 +9,7 @@ Results go to bench/results/cache_*.json; docs/bench.md is made from them by ben
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from headwise.bench import cost, dynamic, static
 from headwise.cache.adakv import AdaKV
 from headwise.cache.duo import Duo
 from headwise.cache.preallocated import Preallocated
+from headwise.cache.quantised import Quantised
 from headwise.cache.snapkv import SnapKV
 from headwise.kv_cache import KVCache, kv_units
 from headwise.plan import Plan
@@ -138,6 +140,10 @@ def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
     share = plan.share_of_bytes(length)
     room = round(share * length)
     caches: dict[str, Callable | None] = {"full": None, **rivals(model, plan, Making(test_at=length))}
+    if importlib.util.find_spec("torchao"):
+        coded = {unit: Quantised(8, method) for unit, method in plan.treatments().items()}
+        caches["plan, 8 bits"] = lambda: KVCache(model, coded, length)
+        caches["full, 8 bits"] = lambda: KVCache(model, dict.fromkeys(units, Quantised(8)), length)
     caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)))
     caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)))
     batches = quality.prompts(tokenizer, length, 7, quick=not thorough)

@@ -16,8 +16,12 @@ PEERS = {
     "transformer_lens": "transformer-lens==4.3.0",
     "nnsight": "nnsight==0.8.1",
     "kvpress": "kvpress==0.5.5",
+    "circuitkit": "circuitkit==0.2.0",
+    "auto_circuit": "auto-circuit==1.0.1",
 }
-SHOWN = ("torch", "transformers", "transformer-lens", "nnsight", "kvpress", "numpy")
+SHOWN = (
+    "torch", "transformers", "transformer-lens", "nnsight", "kvpress", "circuitkit", "auto-circuit", "numpy",
+)  # fmt: skip
 
 
 def folder_of(given: str | None) -> Path:

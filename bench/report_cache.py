@@ -135,7 +135,8 @@ def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         lines.append(f"| {name} | {row['bytes'] / full:.0%} | | {each} | |")
     intro = (
         f"{found['length']} tokens; the plan keeps {found['plan'].get('full', 0)} of "
-        f"{sum(found['plan'].values())} KV heads full. Equal bytes for all but the full cache; kvpress 0.5.5 runs in "
-        "an environment of its own (transformers 5.2.0) on the same prompts."
+        f"{sum(found['plan'].values())} KV heads full. Bytes as they are held when a prompt is answered; in those of 8 "
+        "bits every number is coded by torchao. kvpress 0.5.5 runs in an environment of its own (transformers 5.2.0), "
+        "on the same prompts."
     )
     return "\n\n".join(["### Answers at equal bytes", intro, "\n".join(lines), circumstances(found)])

@@ -188,7 +188,13 @@ def _print_plan(plan: "Plan", making: "Making") -> None:
     if trial is not None:
         columns = ("cache", "bytes", "answers kept", "retrieval", "nats")
         rows = [
-            (row["name"], f"{row['share']:.0%}", f"{row['kept']:.0%}", f"{row['retrieval']:.2f}", f"{row['nll']:.3f}")
+            (
+                row["name"],
+                f"{row['share']:.0%}",
+                "-" if row["kept"] is None else f"{row['kept']:.0%}",
+                f"{row['retrieval']:.2f}",
+                f"{row['nll']:.3f}",
+            )
             for row in trial.rows
         ]
         print_table(columns, rows)

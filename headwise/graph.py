@@ -9,7 +9,6 @@ MLP ("L5.mlp"), and "logits".
 import dataclasses
 import heapq
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ import polars as pl
 from headwise.mask import Mask
 from headwise.method import Method
 from headwise.score import EVIDENCE, provenance
+from headwise.writing import write_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -270,16 +270,9 @@ class Graph:
 
     def save(self, path: Path | str) -> None:
         """Write the table as parquet, with everything else as JSON in the file's metadata; aside, then renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "table"}
         note = {"headwise_graph": json.dumps(rest, default=str)}
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            self.table.write_parquet(aside, compression="snappy", metadata=note)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_aside(Path(path), lambda aside: self.table.write_parquet(aside, compression="snappy", metadata=note))
 
     @classmethod
     def load(cls, path: Path | str) -> "Graph":

@@ -266,7 +266,8 @@ class KVCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, treatments: Mapping[str, CacheMethod], reserve: int = 0) -> None:
-        units = kv_units(model)
+        full = _full_layers(model)
+        units = _units(model, full)
         for unit in treatments:
             if unit not in units:
                 raise ValueError(
@@ -275,21 +276,20 @@ class KVCache(Cache):
                 )
         masks, found = _Masks(), _Lazy(weakref.ref(model))
         layers: list = list(_own_layers(model))
-        for number, count in _full_layers(model).items():
+        for number, count in full.items():
             methods = [treatments.get(f"L{number}.G{i}", _EVERYTHING) for i in range(count)]
             layers[number] = KVLayer(number, methods, masks, found)
             layers[number].reserve = reserve
-        layers[max(_full_layers(model))].last = True
+        layers[max(full)].last = True
         super().__init__(layers=layers)
 
     def take(self, model: PreTrainedModel, other: DynamicCache) -> None:
         """Keep of another cache what this one would have kept had the same context been read through it in one pass.
 
-        Only for methods whose choice does not look at queries, for which NotImplementedError is raised; rows must have
-        no padding, and all layers full attention.
+        Rows must have no padding, and all layers full attention.
 
         Raises:
-            ValueError: this cache holds tokens already.
+            ValueError: this cache holds tokens already, or a method's choice looks at queries.
         """
         body = anatomy(model)
         for layer, own in zip(self.layers, other.layers, strict=True):
@@ -381,7 +381,11 @@ def kv_units(model: PreTrainedModel) -> list[str]:
     Raises:
         ValueError: the model has none.
     """
-    units = [f"L{number}.G{i}" for number, count in _full_layers(model).items() for i in range(count)]
+    return _units(model, _full_layers(model))
+
+
+def _units(model: PreTrainedModel, full: Mapping[int, int]) -> list[str]:
+    units = [f"L{number}.G{i}" for number, count in full.items() for i in range(count)]
     if not units:
         raise ValueError(
             f"This {model.config.model_type} has no full-attention layer that calls transformers' attention interface, "

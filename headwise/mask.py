@@ -5,8 +5,6 @@ The common currency of roles, circuits and edits.
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from types import MappingProxyType
 from headwise.do import Scale
 from headwise.score import Score
 from headwise.site import Unit
+from headwise.writing import write_aside
 
 FORMAT = "headwise.mask/1"
 
@@ -98,17 +97,8 @@ class Mask:
 
     def save(self, path: Path | str) -> None:
         """Write as JSON, aside first, so that no reader ever sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "units": dict(self.units)}, indent=1) + "\n"
-        handle, aside = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        write_aside(Path(path), lambda aside: aside.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: Path | str) -> "Mask":

@@ -5,6 +5,7 @@ A plan belongs to one model: it holds the fingerprint of the weights and refuses
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -278,7 +279,7 @@ def from_data(data: Mapping[str, Any]) -> CacheMethod:
 
 
 def named_method(text: str) -> CacheMethod:
-    """A cache method from words: "duo" or "duo:sink=16,recent=128".
+    """A cache method from words: "duo", "duo:sink=16,recent=128", or one inside another "quantised:bits=8,of=(duo)".
 
     Raises:
         ValueError: no such cache method or field, or a value of another kind.
@@ -286,10 +287,14 @@ def named_method(text: str) -> CacheMethod:
     name, _, rest = text.partition(":")
     name = name if "." in name else f"cache.{name}"
     given: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
+    # Commas inside brackets belong to the method that stands there.
+    for part in filter(None, re.split(r",(?![^(]*\))", rest)):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"{text!r}: write the fields as name=value, such as duo:sink=64,recent=256.")
+        if value.startswith("(") and value.endswith(")"):
+            given[key.strip()] = as_data(named_method(value[1:-1]))
+            continue
         try:
             given[key.strip()] = json.loads(value)
         except ValueError as problem:

@@ -217,16 +217,22 @@ def try_plan(
     with fast_matmul(model):
         found = quality.compare(model, tokenizer, caches, making.test_at, making.seed, quick=not making.thorough)
     full, mine = found["full"], found["plan"]
-    kept, loss = mine.kept(full), mine.nll - full.nll
-    rivals = [found[name].kept(full) for name in found if name.startswith("random")]
     rows = [_row(name, one, full) for name, one in found.items()]
-    accepted = kept >= KEEP and loss <= LOSS
+    kept = {name: one.kept(full) or 0.0 for name, one in found.items()}
+    if mine.kept(full) is None:
+        says = (
+            f"With its full cache the model gets nothing right at {making.test_at} tokens, so what a plan keeps cannot "
+            "be told; try it on shorter texts (test_at)."
+        )
+        return Trial(False, says, RULE, rows)
+    rivals = [share for name, share in kept.items() if name.startswith("random")]
+    loss = mine.nll - full.nll
     says = (
-        f"The plan keeps {kept:.0%} of the full cache's right answers and loses {loss:+.3f} nats a token, at "
+        f"The plan keeps {kept['plan']:.0%} of the full cache's right answers and loses {loss:+.3f} nats a token, at "
         f"{mine.bytes / full.bytes:.0%} of its bytes at {making.test_at} tokens; random heads of equal bytes keep "
-        f"{sum(rivals) / len(rivals):.0%}, streaming of equal bytes {found['streaming'].kept(full):.0%}."
+        f"{sum(rivals) / len(rivals):.0%}, streaming of equal bytes {kept['streaming']:.0%}."
     )
-    return Trial(accepted, says, RULE, rows)
+    return Trial(kept["plan"] >= KEEP and loss <= LOSS, says, RULE, rows)
 
 
 def contestants(model: "PreTrainedModel", plan: Plan, making: Making) -> "dict[str, Callable[[], KVCache]]":
@@ -260,7 +266,7 @@ def _row(name: str, one: "Quality", full: "Quality") -> dict[str, Any]:
         "name": name,
         "bytes": round(one.bytes),
         "share": round(one.bytes / full.bytes, 4),
-        "kept": round(one.kept(full), 4),
+        "kept": None if (kept := one.kept(full)) is None else round(kept, 4),
         "retrieval": round(one.retrieval, 4),
         "accuracy": {task: round(value, 4) for task, value in one.accuracy.items()},
         "n": dict(one.n),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Prompts of a quick and of a thorough measurement, and the fields of each task beside its length.
 TASKS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "passkey": ("passkeys", 6, 24, {"passkeys": 2, "asked": 2}),
+    "passkey": ("passkeys", 8, 24, {"passkeys": 1, "asked": 1}),
     "needle": ("needle", 6, 18, {"depths": (0.1, 0.5, 0.9, 0.3, 0.7, 0.2)}),
     "keys": ("key_values", 3, 12, {"pairs": 4, "asked": 4}),
     "copy": ("verbatim", 8, 16, {}),
@@ -93,8 +93,10 @@ class Quality:
         """Mean accuracy over the retrieval tasks, each counting the same."""
         return sum(self.accuracy.values()) / len(self.accuracy) if self.accuracy else float("nan")
 
-    def kept(self, full: "Quality") -> float:
+    def kept(self, full: "Quality") -> float | None:
         """Share of the answers that were right with the full cache and are right with this one, over all tasks.
+
+        None where the full cache got nothing right.
 
         Raises:
             ValueError: the two were not measured on the same prompts.
@@ -106,7 +108,7 @@ class Quality:
             )
         pairs = [pair for task, mine in self.right.items() for pair in zip(mine, full.right[task], strict=True)]
         before = [now for now, then in pairs if then]
-        return sum(before) / len(before) if before else float("nan")
+        return sum(before) / len(before) if before else None
 
 
 def retrieval(

@@ -245,8 +245,15 @@ class Store(ABC):
         """
 
     def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
-        """Take in new tokens without reading them; used when part of a turn is taken back."""
-        raise NotImplementedError(f"{type(self).__name__} cannot take back part of a turn.")
+        """Take in new tokens without reading them; used when part of a turn is taken back.
+
+        Raises:
+            ValueError: a method whose choice looks at queries.
+        """
+        raise ValueError(
+            f"{type(self).__name__.strip('_')} chooses by what queries look at, so it cannot take in keys and values "
+            "that nobody reads. Read the text through the cache."
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """`read`, with what is needed to take the turn back where recording is on."""

@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 from families import FAMILIES
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from headwise import planning
+from headwise.atlas import Atlas
 from headwise.attach import attached, caching, detach
 from headwise.bench import cost, dynamic, static
 from headwise.cache.duo import Duo
 from headwise.cache.preallocated import Preallocated
+from headwise.cache.quantised import Quantised
 from headwise.kv_cache import KVCache, kv_units
+from headwise.models import default_model_path
 from headwise.plan import Plan, Trial, as_data, from_data, held_share, kv_values, named_method
 from headwise.score import Score
 
@@ -173,3 +177,64 @@ def test_cost_measures_all_contestants_on_the_same_prompt(model):
     assert found["duo"].bytes < found["dynamic"].bytes < found["static"].bytes
     with pytest.raises(ValueError, match="1 or more of each"):
         cost(model, {}, ids)
+
+
+def test_a_method_inside_another_from_words():
+    assert named_method("quantised:bits=4,of=(duo:sink=3,recent=5)") == Quantised(4, Duo(3, 5))
+
+
+@pytest.fixture(scope="module")
+def chatty():
+    """A small model with the words of the default one, so that every task of a trial can be made for it."""
+    tokenizer = AutoTokenizer.from_pretrained(default_model_path())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def test_a_plan_is_made_tried_and_refused_where_nothing_can_be_told(chatty, monkeypatch, tmp_path):
+    model, tokenizer = chatty
+    cheap = {
+        "duo_gate": ({"steps": 2}, "passkeys", {"length": 120, "passkeys": 1, "asked": 1}, 2),
+        "retrieval": ({}, "needle", {"length": 120}, 2),
+    }
+    monkeypatch.setattr(planning, "RANKINGS", cheap)
+    monkeypatch.setattr(planning, "TOGETHER", ())
+    rest = (Duo(4, 16), Duo(4, 16, whole=True))
+    making = planning.Making(bytes=0.6, at=1024, test_at=256, rest=rest)
+    atlas = Atlas.of(model, tmp_path / "atlas", tokenizer)
+    plan = planning.make_plan(model, tokenizer, making, atlas)
+    assert plan.count() == {"rest": 2, "full": 2}
+    assert plan.share_of_bytes(1024) <= 0.6
+    ranked = sorted(plan.evidence, key=lambda unit: -plan.evidence[unit]["duo_gate"])
+    assert {unit for unit, name in plan.heads.items() if name == "full"} == set(ranked[:2])
+    assert list(plan.about["skipped"]) == ["retrieval"]
+    assert plan.about["ranking"] == "duo_gate" and len(plan.about["dev"]) == 2
+    rows = {row["name"]: row for row in plan.trial.rows}
+    assert list(rows) == ["full", "plan", "random 1", "random 2", "streaming"]
+    assert rows["plan"]["bytes"] == rows["random 1"]["bytes"] < rows["full"]["bytes"]
+    assert not plan.trial.accepted and "gets nothing right" in plan.trial.says
+    with pytest.raises(ValueError, match="was rejected"):
+        plan.attach(model)
+    # What was scored once is not scored again.
+    monkeypatch.setattr(planning.load("heads.duo_gate"), "score", lambda *_: pytest.fail("scored again"))
+    again = planning.make_plan(model, tokenizer, making, atlas)
+    assert again.heads == plan.heads and again.trial == plan.trial
+
+
+def test_fewer_bytes_than_the_window_takes(chatty):
+    model, tokenizer = chatty
+    with pytest.raises(ValueError, match="is less than cache.duo takes"):
+        planning.make_plan(model, tokenizer, planning.Making(bytes=0.1, at=512))
+    with pytest.raises(ValueError, match="there are no more"):
+        planning.Making(bytes=1.5)
+    with pytest.raises(ValueError, match="There is no ranking 'gates'"):
+        planning.Making(rankings=("gates",))

@@ -8,6 +8,7 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from headwise.kv_cache import CacheMethod, KVCache, kv_units
+from headwise.narrow import Window
 from headwise.ring import Ring
 from headwise.store import Store
 
@@ -32,8 +33,7 @@ class Duo(CacheMethod):
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.recent < 1:
-            raise ValueError(f"sink is {self.sink} and recent {self.recent}; allowed are sink >= 0 and recent >= 1.")
+        Window(self.sink, self.recent)
 
     def store(self, reserve: int = 0) -> Store:
         """What a streaming head keeps."""

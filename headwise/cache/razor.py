@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headwise.kv_cache import CacheMethod
+from headwise.narrow import Window
 from headwise.store import Store, Turn, mix
 
 
@@ -33,8 +34,7 @@ class Razor(CacheMethod):
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.recent < 1:
-            raise ValueError(f"sink is {self.sink} and recent {self.recent}; allowed are sink >= 0 and recent >= 1.")
+        Window(self.sink, self.recent)
         if not 0 <= self.share < 1:
             raise ValueError(f"share is {self.share}; allowed is 0 or more, and less than 1.")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from headwise.kv_cache import CacheMethod
+from headwise.narrow import Window
 from headwise.ring import Ring
 from headwise.store import Store
 
@@ -23,8 +24,7 @@ class Streaming(CacheMethod):
     recent: int = 256
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.recent < 1:
-            raise ValueError(f"sink is {self.sink} and recent {self.recent}; allowed are sink >= 0 and recent >= 1.")
+        Window(self.sink, self.recent)
 
     def store(self, reserve: int = 0) -> Store:
         """A ring of `recent` tokens beside the sinks."""
