@@ -7,15 +7,15 @@ stops where generation must stop, so that a drafter only guesses. A guess that i
 Texts are lists of token ids without padding. Rows keep their numbers for the whole run, also when others are done.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 ALL, DIFFERS, STOPPED, WAITS, NO_ROOM = (
@@ -37,8 +37,8 @@ class Draft:
         parents: for a tree, the index of each token's parent among `tokens`, -1 where it follows the text directly.
             A parent stands before its children, and of the children of one parent the likeliest stands first, for where
             a cache cannot hold a tree only the first branch is checked. None is a chain.
-        probs: [n, V] the distribution that each token was drawn from (given that its elder siblings were refused), where
-            it was drawn at random; None where the choice was made without chance. Used when the model samples.
+        probs: [n, V] the distribution from which each token was drawn at random (given that its elder siblings were
+            refused); None where the choice was made without chance. Used when the model samples.
         source: who made it, for the counts.
         why: where there are no tokens, the reason in a few words, for the counts.
     """
@@ -80,7 +80,7 @@ class Draft:
         return Draft([self.tokens[i] for i in kept], parents, probs, self.source, NO_ROOM)
 
     def check(self, vocabulary: int) -> None:
-        """Raises ValueError: an id that the model does not have, a tree that is none, or probabilities of other shape."""
+        """Raises ValueError: an id that the model does not have, a tree that is none, probabilities of other shape."""
         name = self.source or "A drafter"
         for token in self.tokens:
             if not 0 <= token < vocabulary:
@@ -116,6 +116,21 @@ class News:
     hidden: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Which columns of the model's last pass the `hidden` of the news are of; for drafters that watch the model.
+
+    Attributes:
+        columns: {row: columns of the pass, oldest first}, as many as there are new hidden states.
+        places: {row: which row of the model's batch it was}.
+        width: columns of the pass; a prompt read in chunks counts as one pass.
+    """
+
+    columns: dict[int, list[int]]
+    places: dict[int, int]
+    width: int
+
+
 class Drafter(ABC):
     """Guesses the next tokens of some texts. One object serves one run at a time; `begin` starts the next."""
 
@@ -135,11 +150,12 @@ class Drafter(ABC):
             sampling: whether the model samples; then a drafter that draws its tokens should hand back `probs`.
         """
 
-    def accept(self, news: Mapping[int, News], read: "Reading | None" = None) -> None:
+    @abstractmethod
+    def accept(self, news: "Mapping[int, News]", read: "Reading") -> None:
         """Take in what was added: {row: news}, after the first pass and after each verification.
 
         Args:
-            read: which columns of the last forward pass stay; for drafters that watch the model.
+            read: which columns of the last forward pass these are; for drafters that watch the model.
         """
 
     @abstractmethod
@@ -150,27 +166,12 @@ class Drafter(ABC):
         """
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Which columns of the last forward pass belong to the texts.
-
-    Attributes:
-        columns: {row: columns of the pass, oldest first, whose tokens stay and of which the drafter had not heard}.
-        places: {row: which row of the model's batch it was}.
-        width: columns of the pass.
-    """
-
-    columns: dict[int, list[int]]
-    places: dict[int, int]
-    width: int
-
-
 @dataclass
 class Stats:
     """What became of the drafts of one run; counts only, so that it does not grow with the text.
 
     Attributes:
-        passes: forward passes, the reading of the prompt included.
+        rows: texts; passes: forward passes, the reading of the prompt included.
         turns: rows that took part in a pass of verification, summed over passes.
         tokens: tokens generated, all rows together.
         drafted, accepted: tokens proposed, and those that the model agreed to.
@@ -180,6 +181,7 @@ class Stats:
         seconds: of the whole run; prefill: until the first token was known.
     """
 
+    rows: int = 0
     passes: int = 0
     turns: int = 0
     tokens: int = 0
@@ -190,12 +192,11 @@ class Stats:
     sources: dict[str, list[int]] = field(default_factory=dict)
     seconds: float = 0.0
     prefill: float = 0.0
-    began: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
     def per_pass(self) -> float:
         """Tokens that one row gained in a pass of verification, on average; 1 is decoding without drafts."""
-        first = self.tokens - self.rows_begun
+        first = self.tokens - self.rows
         return first / self.turns if self.turns else 1.0
 
     @property
@@ -207,9 +208,7 @@ class Stats:
     def tokens_per_second(self) -> float:
         """Tokens generated after the first, a second, since the first was known."""
         spent = self.seconds - self.prefill
-        return (self.tokens - self.rows_begun) / spent if spent > 0 else 0.0
-
-    rows_begun: int = 0
+        return (self.tokens - self.rows) / spent if spent > 0 else 0.0
 
     def note(self, draft: Draft, accepted: int, why: str) -> None:
         """Count one row's turn."""
@@ -226,7 +225,7 @@ class Stats:
     def data(self) -> dict:
         """Everything as plain values, for JSON."""
         return {
-            **{name: getattr(self, name) for name in ("passes", "turns", "tokens", "drafted", "accepted")},
+            **{name: getattr(self, name) for name in ("rows", "passes", "turns", "tokens", "drafted", "accepted")},
             "per_pass": self.per_pass,
             "acceptance": self.acceptance,
             "tokens_per_second": self.tokens_per_second,
@@ -236,3 +235,29 @@ class Stats:
             "seconds": self.seconds,
             "prefill": self.prefill,
         }
+
+
+@contextmanager
+def last_states(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects the last hidden states [B, T, D] that the model's body gives inside the block."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    if not wanted:
+        yield seen
+        return
+    hook = model.base_model.register_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def states_of(seen: list[Tensor], place: int, columns: list[int]) -> Tensor | None:
+    """The hidden states [n, D] of some columns of one place."""
+    if not seen:
+        return None
+    whole = seen[0][place] if len(seen) == 1 else torch.cat([one[place] for one in seen])
+    return whole[columns]
