@@ -104,6 +104,11 @@ class Compressed(Store):
         self.behind = 0  # tokens since the last choice
         self.queries: Tensor | None = None  # only in what is recorded
 
+    @property
+    def one_by_one(self) -> int:
+        """A turn as long as the window is a prompt."""
+        return self.budget.window - 1
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """`read`; only before a choice is there more to record than how many tokens came."""
         if self.recording and k.shape[2] >= self.budget.window:

@@ -248,7 +248,7 @@ def last_states(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
     if not wanted:
         yield seen
         return
-    hook = model.base_model.register_forward_hook(see)
+    hook = model.get_decoder().register_forward_hook(see)  # OPT passes its base model by
     try:
         yield seen
     finally:

@@ -7,6 +7,7 @@ row knows beyond the shortest one is read once more.
 """
 
 import inspect
+import sys
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ def _holds_all(layer: CacheLayerMixin) -> bool:
     if isinstance(layer, KVLayer):
         return bool(layer.parts) and all(type(part.store) is Full for part in layer.parts)
     return type(layer) is DynamicLayer
+
+
+def turn_limit(cache: Cache) -> int:
+    """Tokens that one pass may read so that the cache takes them for single ones, not for a prompt."""
+    parts = (part for layer in cache.layers if isinstance(layer, KVLayer) for part in layer.parts)
+    return min([sys.maxsize, *(part.store.one_by_one for part in parts)])
 
 
 def keep_columns(cache: Cache, past: int, columns: Tensor) -> None:

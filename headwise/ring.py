@@ -22,6 +22,11 @@ class Ring(Store):
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
+    @property
+    def one_by_one(self) -> int:
+        """A prompt that sees itself whole is longer than the ring."""
+        return self.recent if self.whole else super().one_by_one
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see the sinks and the last `recent` columns, their own among them."""
         turn.plain("A streaming cache")

@@ -8,6 +8,7 @@ Axes: B rows, H KV heads of this store, G query heads to a KV head, Q new tokens
 """
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -243,6 +244,11 @@ class Store(ABC):
 
         q [B, H*G, Q, d], k [B, H, Q, d], v [B, H, Q, dv] -> z [B, H*G, Q, dv].
         """
+
+    @property
+    def one_by_one(self) -> int:
+        """The longest turn that is read as if its tokens had come one by one; longer ones are taken for prompts."""
+        return sys.maxsize
 
     def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
         """Take in new tokens without reading them; used when part of a turn is taken back.

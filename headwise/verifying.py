@@ -25,7 +25,7 @@ from headwise.attach import caching
 from headwise.drafting import NO_ROOM, WAITS, Draft, Drafter, News, Reading, Stats, last_states, states_of
 from headwise.kv_cache import KVCache
 from headwise.method import Method
-from headwise.rewinding import follows_masks, keep_columns, tree_mask
+from headwise.rewinding import follows_masks, keep_columns, tree_mask, turn_limit
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -185,6 +185,7 @@ class _Run:
         active: rows whose text has not ended. places: which row stands in each place of the model's batch.
         pending: {row: tokens of the text that the cache does not hold}, 1 or more.
         apart: whether rows may keep different numbers of columns. lent: whether somebody else has the cache too.
+        widest: tokens that one pass may read.
         past: columns of the cache. mask: [places, past], or None where all columns are seen by every place.
     """
 
@@ -199,7 +200,7 @@ class _Run:
         self.pending: dict[int, list[int]] = {}
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.apart = self.lent = False
-        self.past = 0
+        self.past = self.widest = 0
         self.mask: Tensor | None = options.get("attention_mask")
         positions = options.get("position_ids")
         self.first = None if positions is None else positions[..., -1:] + 1
@@ -218,7 +219,7 @@ class _Run:
         self.past = self.cache.get_seq_length()
         self.lent = config.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False)
         self.cache.activate_past_recording()
-        self.apart = follows_masks(self.model, self.cache)
+        self.apart, self.widest = follows_masks(self.model, self.cache), turn_limit(self.cache)
         for name in ("past_key_values", "attention_mask", "position_ids"):
             self.options.pop(name, None)
         width = self.past - had
@@ -284,7 +285,8 @@ class _Run:
         for row in self.active:
             draft = found.get(row, Draft([], why=NO_ROOM if row not in asked else Draft([]).why))
             draft.check(self.vocabulary)
-            drafts[row] = (draft if self.apart else draft.chain()).cut(max(0, rooms[row]))
+            draft = draft if self.apart else draft.chain()
+            drafts[row] = draft.cut(max(0, min(rooms[row], self.widest - 1)))
         return drafts
 
     def _feeds(self, drafts: dict[int, Draft]) -> tuple[dict[int, list[int]], int]:
@@ -295,7 +297,7 @@ class _Run:
         """
         level = [row for row in self.active if len(self.pending[row]) == 1]
         least = min(len(self.pending[row]) for row in self.active)
-        width = max([least, *(1 + len(drafts[row].tokens) for row in level)])
+        width = min(self.widest, max([least, *(1 + len(drafts[row].tokens) for row in level)]))
         for row in self.active:
             if (over := len(self.pending[row]) + len(drafts[row].tokens) - width) > 0:
                 drafts[row] = drafts[row].cut(max(0, len(drafts[row].tokens) - over))

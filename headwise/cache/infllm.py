@@ -67,6 +67,11 @@ class Memory(Replaying):
         self.sink_v: Tensor | None = None
         self.count: Tensor | None = None  # [B] blocks of each row
 
+    @property
+    def one_by_one(self) -> int:
+        """What the method says."""
+        return self.method.single
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Near tokens where they stand, with sinks and fetched blocks at one far place."""
         turn.plain("An InfLLM cache")

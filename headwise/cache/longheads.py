@@ -64,6 +64,11 @@ class Chunks(Replaying):
         self.count: Tensor | None = None  # [B] complete chunks of each row
         self.chosen: Tensor | None = None
 
+    @property
+    def one_by_one(self) -> int:
+        """What the method says."""
+        return self.method.single
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Own chunk, the one before, the first, and those that fit."""
         turn.plain("A LongHeads cache")

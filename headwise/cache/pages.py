@@ -75,6 +75,11 @@ class Paged(Full):
         self.chosen_at: list[int] = []  # the column of each choice
         self.read_tokens = self.read_bounds = 0
 
+    @property
+    def one_by_one(self) -> int:
+        """What the method says."""
+        return self.method.single
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Everything in prefill; the first page, the newest and the best for each token that is decoded."""
         turn.plain("A paged cache")

@@ -57,6 +57,11 @@ class _Coded(Store):
         self.codes: dict[str, tuple[Tensor, ...]] = {}
         self._freeze({})
 
+    @property
+    def one_by_one(self) -> int:
+        """What the store inside says; what a turn sees of itself is not rounded."""
+        return self.inner.one_by_one
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """What the store inside gives."""
         if k.shape[3] % 2 or v.shape[3] % 2:
