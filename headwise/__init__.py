@@ -33,6 +33,7 @@ _NAMES = {
     "Patch": "do",
     "Plan": "plan",
     "Project": "do",
+    "Reader": "reader",
     "Resample": "do",
     "Scale": "do",
     "Score": "score",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from headwise.plan import Plan as Plan
     from headwise.planning import Making as Making
     from headwise.planning import make_plan as make_plan
+    from headwise.reader import Reader as Reader
     from headwise.score import Score as Score
     from headwise.tap import tap as tap
     from headwise.task import Batch as Batch

@@ -3,6 +3,8 @@
     atlas/<model>/atlas.json                                    model, weight fingerprint, layers, heads, tokenizer
     atlas/<model>/scores/step=<k>/score=<name>/<hash>.parquet   unit, layer, index, value, low, high, n
     atlas/<model>/claims.parquet   readouts.parquet   patterns/<prompt>.safetensors
+    atlas/<model>/graphs/<name>.parquet                         edges between places, what they are worth
+    atlas/<model>/readers/<name>/                               config.json, reader.safetensors
 
 Files are written aside and renamed, so a crash leaves what was there. Two atlases of one model merge by copying.
 """
@@ -22,6 +24,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from headwise.claim import ROLES, Claim, Rung
+from headwise.graph import Graph
+from headwise.reader import Reader
 from headwise.score import Score
 from headwise.writing import write_aside
 
@@ -206,6 +210,56 @@ class Atlas:
         """Measurements of caches, one row a cache and length; empty where none were made."""
         file = self.path / "bench.parquet"
         return pl.read_parquet(file) if file.is_file() else pl.DataFrame(schema=BENCH)
+
+    # Graphs and readers
+
+    def add_graph(self, name: str, graph: Graph) -> None:
+        """Keep a graph of this model under a name; one of the same name is replaced.
+
+        Raises:
+            ValueError: a name that cannot be a file's, or a graph of other weights.
+        """
+        if not re.fullmatch(r"[a-z0-9_-]+", name):
+            raise ValueError(f"{name!r} cannot name a graph: use small letters, digits, hyphens and underscores.")
+        self._own(f"graph {name}", graph.about)
+        graph.save(self.path / "graphs" / f"{name}.parquet")
+
+    def graphs(self) -> dict[str, Path]:
+        """{name: file} of the graphs that are kept."""
+        return {file.stem: file for file in sorted((self.path / "graphs").glob("*.parquet"))}
+
+    def graph(self, name: str) -> Graph:
+        """A graph that is kept. Raises ValueError with the nearest name when there is none."""
+        files = self.graphs()
+        self._known("graph", name, list(files))
+        return Graph.load(files[name])
+
+    def add_reader(self, reader: Reader) -> None:
+        """Keep a reader of this model; one of the same name is replaced. Raises ValueError for one of other weights."""
+        self._own(f"reader {reader.name}", reader.about)
+        reader.save(self.path / "readers" / reader.name)
+
+    def readers(self) -> list[str]:
+        """Names of the readers that are kept."""
+        return sorted(p.parent.name for p in (self.path / "readers").glob("*/config.json"))
+
+    def reader(self, name: str) -> Reader:
+        """A reader that is kept. Raises ValueError with the nearest name when there is none."""
+        self._known("reader", name, self.readers())
+        return Reader.load(self.path / "readers" / name)
+
+    def _own(self, what: str, about: dict[str, Any]) -> None:
+        if about.get("fingerprint") != self.about["fingerprint"]:
+            raise ValueError(
+                f"The {what} belongs to weights {about.get('fingerprint')}; this atlas holds "
+                f"{self.about['fingerprint']}."
+            )
+
+    def _known(self, what: str, name: str, names: list[str]) -> None:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"This atlas has no {what} {name!r}; it has {', '.join(names) or 'none'}.{hint}")
 
     # Claims
 

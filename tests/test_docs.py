@@ -21,6 +21,7 @@ import headwise
 from headwise import cli, models, replicate, score
 from headwise.atlas import BENCH, Atlas
 from headwise.claim import ROLES
+from headwise.graph import COLUMNS as GRAPH
 from headwise.terminal import INTERRUPTED
 
 ROOT = Path(__file__).parent.parent
@@ -229,12 +230,18 @@ def test_files_of_an_atlas(mapped):
         assert sorted(held.metadata()) == sorted(first("Patterns"))
         assert held.get_tensor("L5").dtype == "uint8" and held.get_tensor("L5").shape[0] == 9
     drawn = blocks(ROOT / "docs" / "contracts.md", "text")[0][1]
-    # `headwise plan` and `headwise bench` write these two.
-    later = {"plans", "bench.parquet"}
+    # `headwise plan`, `bench` and `why` write these, and readers that are kept.
+    later = {"plans", "bench.parquet", "graphs", "readers"}
     named = {line.split("/")[0].strip() for line in drawn.splitlines()[1:]}
     assert named - later == {path.name for path in atlas.path.iterdir()}
     atlas.add_bench([{key: None for key in BENCH if key != "when"} | {"cache": "a", "at": 1, "bytes": 1}])
     assert schema(atlas.bench()) == [row[:2] for row in table("bench.parquet")]
+
+
+def test_files_of_graphs_and_readers(stand_in, tmp_path):
+    assert [[name, str(kind)] for name, kind in GRAPH.items()] == [row[:2] for row in table("graphs/<name>.parquet")]
+    headwise.features.LogitLens().fit(stand_in[0], []).save(tmp_path)
+    assert list(json.loads((tmp_path / "config.json").read_text())) == first("readers/<name>/config.json")
 
 
 def test_masks(tmp_path):
