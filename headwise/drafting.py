@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ class Reading:
 class Drafter(ABC):
     """Guesses the next tokens of some texts. One object serves one run at a time; `begin` starts the next."""
 
-    wants_hidden: ClassVar[bool] = False
+    wants_hidden: bool = False
 
     def watch(self, model: PreTrainedModel) -> AbstractContextManager:
         """Entered around the whole run, before `begin`: for drafters that look into the model with taps or hooks."""
