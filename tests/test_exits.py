@@ -1,0 +1,219 @@
+"""Blocks that are left out: what stays equals the model without them, caches agree, and nothing is left behind."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headwise as hw
+from headwise.anatomy import anatomy
+from headwise.decode import MuE, UnifiedSkip
+from headwise.models import fingerprint
+from headwise.skipping import exiting, must_run, skipping, stack_blocks
+
+DECODERS = ("llama", "gpt2", "qwen3", "gemma3", "opt", "gpt_neox", "phi3", "olmo2", "mixtral")
+
+
+def deep(layers: int = 6, seed: int = 0) -> LlamaForCausalLM:
+    fields = FAMILIES["llama"].fields | {"num_hidden_layers": layers}
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return deep()
+
+
+def generate(model, inputs, **more):
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False, **more)
+
+
+# Skipping.
+
+
+def test_skipping_equals_a_model_built_without_those_layers(model):
+    ids = FAMILIES["llama"].inputs()["input_ids"]
+    short = copy.deepcopy(model)
+    short.model.layers = torch.nn.ModuleList(short.model.layers[i] for i in (0, 2, 3, 5))
+    short.config.num_hidden_layers = 4
+    before, weights = model(input_ids=ids).logits, fingerprint(model)
+    with torch.no_grad(), skipping(model, [1, 4]) as depths:
+        said = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(said, short(input_ids=ids, use_cache=False).logits)
+    assert depths.mean == 4 and depths.saved == pytest.approx(1 / 3)
+    assert torch.equal(model(input_ids=ids).logits, before) and fingerprint(model) == weights
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_batches_with_a_cache_say_what_single_rows_without_one_say(model):
+    inputs = FAMILIES["llama"].inputs(rows=3, padded=True)
+    with UnifiedSkip(1.5).use(model):
+        together = generate(model, inputs)[:, 10:]
+        for row in range(3):
+            pads = int((inputs["attention_mask"][row] == 0).sum())
+            ids = inputs["input_ids"][row : row + 1, pads:]
+            for _ in range(8):
+                ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)[:, None]], 1)
+            assert together[row].tolist() == ids[0, -8:].tolist()
+
+
+def test_skipped_layers_keep_nothing_in_the_cache(model):
+    ids = FAMILIES["llama"].inputs()["input_ids"]
+    with skipping(model, [2, 3]):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    assert [layer.get_seq_length() for layer in cache.layers] == [10, 10, 0, 0, 10, 10]
+    assert cache.get_seq_length() == 10
+
+
+def test_skipping_works_with_caches_of_headwise(model):
+    inputs = FAMILIES["llama"].inputs()
+    with UnifiedSkip(1.5).use(model):
+        plain = generate(model, inputs)
+        with hw.caching(model):
+            ours = generate(model, inputs, past_key_values=hw.cache.Preallocated().build(model))
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_every_family_can_pass_its_last_block_by(kind):
+    model, inputs = FAMILIES[kind].build(), FAMILIES[kind].inputs()
+    last = max(stack_blocks(model))
+    before = model(**inputs).logits
+    if last in must_run(model):
+        with pytest.raises(ValueError, match="Block 1 cannot be passed by"), skipping(model, [last]):
+            pass
+        return
+    with torch.no_grad(), skipping(model, [last]):
+        assert not torch.allclose(model(**inputs).logits, before)
+        generate(model, inputs)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_gradients_reach_what_stays_and_not_what_is_passed_by(model):
+    one = copy.deepcopy(model)
+    ids = FAMILIES["llama"].inputs()["input_ids"]
+    with skipping(one, [2]):
+        one(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert one.model.layers[2].mlp.down_proj.weight.grad is None
+    assert float(one.model.layers[1].mlp.down_proj.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 6, 12, 30, 32])
+@pytest.mark.parametrize("speedup", [1, 1.1, 1.5, 2, 3, 100])
+def test_kept_blocks_stand_evenly(blocks, speedup):
+    kept = UnifiedSkip(speedup).kept(blocks)
+    assert kept[0] == 0 and kept[-1] == blocks - 1 and len(kept) == max(2, round(blocks / speedup))
+    gaps = [b - a for a, b in pairwise(kept)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_bad_input_is_a_sentence(model):
+    with pytest.raises(ValueError, match="speedup is 0.5; allowed is 1 or more"):
+        UnifiedSkip(0.5)
+    with pytest.raises(ValueError, match="There is no block 9; there are 6, the nearest is 5"), skipping(model, [9]):
+        pass
+    with pytest.raises(ValueError, match="Block 0 cannot be passed by"), skipping(model, [0]):
+        pass
+    with pytest.raises(ValueError, match="has no stack 'enc'"):
+        stack_blocks(model, "enc")
+    with pytest.raises(ValueError, match="T5Block hands on more than the residual stream"):
+        stack_blocks(FAMILIES["t5"].build())
+    with pytest.raises(ValueError, match="at least 1 block must run"):
+        MuE(least=0)
+
+
+def test_generate_says_what_was_generated(model):
+    ids = FAMILIES["llama"].inputs()["input_ids"]
+    method = UnifiedSkip(1.5)
+    done = method.generate(model, ids, max_new_tokens=8, do_sample=False)
+    with method.use(model):
+        assert torch.equal(done.ids, generate(model, {"input_ids": ids}))
+    assert (done.stats.passes, done.stats.tokens) == (8, 24)
+
+
+# Exits.
+
+
+def at_random(number, before, after):
+    """A rule that hangs on the state alone, so that reading at once and token by token can agree."""
+    return (after.sum(-1) > 0.3) & (number > 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gpt_neox", "phi3", "opt"])
+def test_a_text_gives_the_same_read_at_once_or_token_by_token(kind):
+    fields = {"n_layer": 5} if kind == "gpt2" else {"num_hidden_layers": 5}
+    family = FAMILIES[kind]
+    model = type(family)(family.model, family.config, family.fields | fields).build()
+    ids = family.inputs(rows=2)["input_ids"]
+    with torch.no_grad(), exiting(model, at_random) as depths:
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache, steps = None, []
+        for column in range(ids.shape[1]):
+            out = model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.cat(depths.told[1:], 1), depths.told[0])
+    assert 1 < depths.mean < 5, "some tokens left early and some late"
+
+
+def test_a_token_that_left_has_keys_and_values_and_no_mlp_ran_for_it(model):
+    ids, calls = FAMILIES["llama"].inputs()["input_ids"], []
+    hooks = [anatomy(model).layer(n).down.register_forward_hook(lambda *_, n=n: calls.append(n)) for n in range(6)]
+    with torch.no_grad(), exiting(model, lambda n, a, b: torch.full(b.shape[:2], n == 2)) as depths:
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    for hook in hooks:
+        hook.remove()
+    assert calls == [0, 1, 2] and depths.mean == 3
+    assert [layer.get_seq_length() for layer in cache.layers] == [10] * 6
+
+
+def test_mue_above_one_is_the_model_and_below_minus_one_leaves_at_once(model):
+    inputs = FAMILIES["llama"].inputs()
+    plain = generate(model, inputs)
+    with MuE(threshold=1.1).use(model) as depths:
+        assert torch.equal(generate(model, inputs), plain)
+    assert depths.mean == 6
+    with MuE(threshold=-1.1, least=2).use(model) as depths:
+        generate(model, inputs)
+    assert depths.mean == 2
+    assert torch.equal(generate(model, inputs), plain)
+
+
+def test_mue_in_encoder_and_decoder():
+    model, inputs = FAMILIES["bart"].build(), FAMILIES["bart"].inputs(padded=True)
+    given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
+    plain = generate(model, given)
+    with MuE(threshold=1.1).stacks(model) as depths:
+        assert torch.equal(generate(model, given), plain)
+    assert set(depths) == {"", "enc"} and depths["enc"].mean == depths[""].mean == 2
+    with MuE(threshold=1.1, encoder=-1.1).stacks(model) as depths:
+        generate(model, given)
+    assert depths["enc"].mean == 1 and depths[""].mean == 2
+    assert torch.equal(generate(model, given), plain)
+
+
+def test_padding_has_no_say_in_the_encoder():
+    model = FAMILIES["bert"].build()
+    short = FAMILIES["bert"].inputs(rows=1, length=6)["input_ids"]
+    padded = torch.cat([short, torch.zeros(1, 5, dtype=torch.long)], 1)
+    mask = (torch.arange(11) < 6).long()[None]
+    similar = []
+    with torch.no_grad(), exiting(model, lambda n, a, b: torch.zeros(b.shape[:2], dtype=torch.bool)):
+        pass
+    for limit in torch.linspace(-1, 1, 81).tolist():
+        with torch.no_grad(), MuE(threshold=limit).use(model) as depths:
+            model(input_ids=short, attention_mask=torch.ones_like(short))
+            model(input_ids=padded, attention_mask=mask)
+        similar.append(bool(depths.told[0][0, 0] == depths.told[1][0, 0]))
+    assert sum(similar) >= 80
