@@ -305,9 +305,10 @@ def noting_tuples(body: Anatomy) -> Iterator[set[int]]:
 
 
 @contextmanager
-def skipping(body: Anatomy, layer: int | None, tuples: set[int]) -> Iterator[None]:
-    """Blocks of the main stack below `layer` hand their input on; afterwards they are what they were."""
-    blocks = {n: b for n, b in body.blocks[""].items() if layer is not None and n < layer}
+def skipping(body: Anatomy, layer: int | None, tuples: set[int], last: int | None = None) -> Iterator[None]:
+    """Blocks of the main stack below `layer`, and above `last`, hand their input on; afterwards they are as before."""
+    low, high = (-1 if layer is None else layer), (max(body.blocks[""]) if last is None else last)
+    blocks = {n: b for n, b in body.blocks[""].items() if not low <= n <= high}
     before: dict[int, object] = {n: b.__dict__.get("forward") for n, b in blocks.items()}
     for number, block in blocks.items():
         block.forward = _pass_on_tuple if number in tuples else _pass_on
