@@ -78,10 +78,13 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)
         return {"pixel_values": pixels.to(device, model.dtype)}
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    if kind == "inputs_embeds" and hasattr(config, "input_size"):
+        vectors = torch.randn(1, 7 if heads == 6 else 6, config.input_size, generator=torch.Generator().manual_seed(0))
+        return {"inputs_embeds": vectors.to(device, model.dtype)}
     if kind != "input_ids":
         raise ValueError(f"{type(model).__name__} takes {kind}; headwise reads models that take tokens or images.")
     vocab = getattr(config.get_text_config(), "vocab_size", 8)
-    heads = getattr(config.get_text_config(), "num_attention_heads", None)
     # No axis of heads may look like the axis of tokens.
     ids = (torch.arange(7 if heads == 6 else 6, device=device) * 7 + 3)[None] % max(2, vocab)
     inputs = {"input_ids": ids}
