@@ -1,0 +1,534 @@
+"""The decode room: with drafts a model generates what it generates alone, whatever drafts, cache and batch."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import headwise as hw
+from headwise import accepting
+from headwise.attach import attach, caching, detach
+from headwise.drafting import ALL, DIFFERS, STOPPED, Draft, Drafter, News, Reading
+from headwise.grams import Grams
+from headwise.kv_cache import CacheMethod, KVCache
+from headwise.verifying import DraftMethod, Verifying, run
+
+TOKENS = 24
+D = hw.decode
+DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
+CACHES: dict[str, CacheMethod | None] = {
+    "dynamic": None,
+    "preallocated": hw.cache.Preallocated(),
+    "duo": hw.cache.Duo(sink=2, recent=5),
+    "duo, whole prompts": hw.cache.Duo(sink=2, recent=4, whole=True),
+    "streaming": hw.cache.Streaming(sink=2, recent=5),
+    "snapkv": hw.cache.SnapKV(window=4, capacity=8, kernel=1),
+    "adakv": hw.cache.AdaKV(window=4, capacity=8, kernel=1),
+    "pages": hw.cache.Pages(budget=12, page=4, piece=2, interval=2),
+    "razor": hw.cache.Razor(sink=2, recent=6),
+}
+METHODS = {
+    "copyspec": D.CopySpec(gamma=2, tokens=6),
+    "prompt_lookup": D.PromptLookup(),
+    "head_copying": D.HeadCopying(heads=("L0.H1", "L1.H2"), least=0.0),
+    "either": D.Either(D.CopySpec(gamma=3), D.HeadCopying(heads=("L1.H0",), least=0.1)),
+}
+
+
+class Oracle(Drafter):
+    """Knows the right continuation and spoils it at random, in chains or in trees; checks what it is told."""
+
+    wants_hidden = True
+
+    def __init__(self, right: list[list[int]], trees: bool, seed: int = 0) -> None:
+        self.right, self.trees, self.draw = right, trees, random.Random(seed)
+
+    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
+        self.model, self.texts = model, [list(text) for text in texts]
+        self.start = [len(text) for text in texts]
+        self.hidden: list[list[Tensor]] = [[] for _ in texts]
+
+    def accept(self, news: Mapping[int, News], read: Reading) -> None:
+        for row, one in news.items():
+            assert one.hidden is not None and len(one.hidden) == len(read.columns[row])
+            self.texts[row] += one.tokens
+            self.hidden[row].append(one.hidden)
+            assert sum(map(len, self.hidden[row])) == len(self.texts[row]) - 1
+
+    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
+        return {row: self._one(row) for row in rooms}
+
+    def _one(self, row: int) -> Draft:
+        made = len(self.texts[row]) - self.start[row]
+        good = self.right[row][made : made + self.draw.randint(0, 6)]
+        if not self.trees:
+            return Draft([token if self.draw.random() < 0.8 else self.draw.randrange(VOCAB) for token in good])
+        tokens: list[int] = []
+        parents: list[int] = []
+        last = -1
+        for token in good:
+            here = [self.draw.randrange(VOCAB), token] if self.draw.random() < 0.7 else [token]
+            places = range(len(tokens), len(tokens) + len(here))
+            tokens += here
+            parents += [last] * len(here)
+            last = self.draw.choice(places)
+        return Draft(tokens, parents)
+
+
+def prompts(name: str, rows: int, length: int = 16) -> dict[str, Tensor]:
+    """Inputs of a family that repeat themselves, rows of different lengths."""
+    inputs = FAMILIES[name].inputs(rows=rows, padded=rows > 1, length=length)
+    half = length // 2
+    inputs["input_ids"][:, half:] = inputs["input_ids"][:, -half:].roll(1, 1).clamp_min(3)
+    inputs["input_ids"][:, half:] = inputs["input_ids"][:, half : half + 4].repeat(1, half)[:, :half]
+    if "attention_mask" in inputs:
+        inputs["input_ids"] *= inputs["attention_mask"]
+    return inputs
+
+
+@contextmanager
+def entered(model: PreTrainedModel, method: CacheMethod | None) -> Iterator[None]:
+    if method is None:
+        yield
+        return
+    attach(model, method)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+def options(inputs: dict[str, Tensor], tokens: int = TOKENS, **more) -> dict:
+    said = {name: value for name, value in inputs.items() if name != "input_ids"}
+    return {**said, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **more}
+
+
+def plain(model: PreTrainedModel, inputs: dict[str, Tensor], **more) -> Tensor:
+    return model.generate(inputs["input_ids"], **options(inputs, **more))
+
+
+def guessed(model: PreTrainedModel, inputs: dict[str, Tensor], right: Tensor, trees: bool, seed: int = 0, **more):
+    width = inputs["input_ids"].shape[1]
+    loop = Verifying(Oracle([row[width:].tolist() for row in right], trees, seed))
+    return run(loop, model, inputs["input_ids"], options(inputs, **more))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_family_generates_its_own_tokens(name: str, rows: int) -> None:
+    model, inputs = FAMILIES[name].build(), prompts(name, rows)
+    right = plain(model, inputs)
+    try:
+        for trees in (False, True):
+            found = guessed(model, inputs, right, trees)
+            assert torch.equal(found.ids, right)
+            assert found.stats.per_pass > 1 or trees
+        for method in METHODS.values():
+            assert torch.equal(method.generate(model, inputs["input_ids"], **options(inputs)).ids, right)
+    except ValueError as refusal:
+        assert "cannot take tokens back" in str(refusal) and "linear_attention" in model.config.layer_types
+    assert torch.equal(plain(model, inputs), right)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_every_cache_generates_its_own_tokens(name: str, cache: str, rows: int) -> None:
+    model, inputs = FAMILIES[name].build(), prompts(name, rows)
+    with entered(model, CACHES[cache]):
+        right = plain(model, inputs)
+        for seed, trees in enumerate((False, True)):
+            found = guessed(model, inputs, right, trees, seed)
+            assert torch.equal(found.ids, right)
+            if not trees:
+                assert found.stats.per_pass > 1.1
+        for method in METHODS.values():
+            assert torch.equal(method.generate(model, inputs["input_ids"], **options(inputs)).ids, right)
+
+
+def test_rows_of_a_batch_are_what_they_are_alone_and_do_not_wait() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 4)
+    found = D.CopySpec(gamma=2).generate(model, inputs["input_ids"], **options(inputs))
+    passes = []
+    for row in range(4):
+        real = inputs["attention_mask"][row].bool()
+        alone = D.CopySpec(gamma=2).generate(model, inputs["input_ids"][row][real][None], **options({}))
+        assert torch.equal(alone.ids[0, int(real.sum()) :], found.ids[row, real.shape[0] :])
+        passes.append(alone.stats.passes)
+    assert found.stats.passes == max(passes)
+
+
+def test_a_row_that_ends_leaves_and_is_padded() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 4)
+    width = inputs["input_ids"].shape[1]
+    right = plain(model, inputs)
+    for end in {int(right[0, width + 3]), int(right[2, width + 9])}:
+        how = {"eos_token_id": end, "pad_token_id": 0}
+        ended = plain(model, inputs, **how)
+        assert (ended[:, -1] == 0).any() or ended.shape[1] < right.shape[1]
+        for cache in ("dynamic", "preallocated", "streaming"):
+            with entered(model, CACHES[cache]):
+                ended = plain(model, inputs, **how)
+                for trees in (False, True):
+                    assert torch.equal(guessed(model, inputs, right, trees, **how).ids, ended)
+
+
+def test_a_text_ends_inside_a_draft() -> None:
+    model, inputs = FAMILIES["gpt2"].build(), prompts("gpt2", 1)
+    right = plain(model, inputs, eos_token_id=None)
+    width = inputs["input_ids"].shape[1]
+    end = int(right[0, width + 5])
+    ended = plain(model, inputs, eos_token_id=end)
+    found = guessed(model, inputs, right, False, seed=3, eos_token_id=end)
+    assert torch.equal(found.ids, ended) and found.ids[0, -1] == end
+    assert found.stats.why[STOPPED] == 1
+
+
+class _Sees(StoppingCriteria):
+    """Stops where two tokens follow each other."""
+
+    def __init__(self, first: int, second: int) -> None:
+        self.pair = (first, second)
+
+    def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
+        return (input_ids[:, -2] == self.pair[0]) & (input_ids[:, -1] == self.pair[1])
+
+
+def test_criteria_and_processors_of_the_caller_hold_inside_drafts() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 1)
+    width = inputs["input_ids"].shape[1]
+    right = plain(model, inputs)
+    seen = StoppingCriteriaList([_Sees(int(right[0, width + 6]), int(right[0, width + 7]))])
+    ended = plain(model, inputs, stopping_criteria=seen)
+    assert torch.equal(guessed(model, inputs, right, False, stopping_criteria=seen).ids, ended)
+    for how in ({"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 8, "eos_token_id": 5}):
+        for rows in (1, 4):
+            inputs = prompts("llama", rows)
+            asked = plain(model, inputs, **how)
+            for trees in (False, True):
+                found = guessed(model, inputs, asked, trees, **how)
+                assert torch.equal(found.ids, asked) and found.stats.per_pass > 1
+
+
+def _chances(model: PreTrainedModel, start: Tensor, steps: int, top: int) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation under top-k sampling, from the model itself."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(steps):
+        longer = {}
+        for said, chance in found.items():
+            with torch.no_grad():
+                scores = model(torch.cat([start, torch.tensor([said], dtype=torch.long)], 1)).logits[0, -1].double()
+            best = scores.topk(top)
+            for token, one in zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True):
+                longer[*said, token] = chance * one
+        found = longer
+    return found
+
+
+class _Chance(Drafter):
+    """Proposes in one of four ways: fixed chains, drawn chains with their distribution, and the same as trees."""
+
+    def __init__(self, kind: str, tokens: list[int]) -> None:
+        self.kind, self.tokens = kind, tokens
+
+    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
+        assert sampling
+        self.q = torch.zeros(VOCAB)
+        self.q[self.tokens] = torch.arange(1.0, len(self.tokens) + 1)
+        self.q /= self.q.sum()
+
+    def accept(self, news: Mapping[int, News], read: Reading) -> None:
+        pass
+
+    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
+        return {row: self._one() for row in rooms}
+
+    def _one(self) -> Draft:
+        if self.kind == "fixed chain":
+            return Draft(self.tokens[:2])
+        if self.kind == "fixed tree":
+            return Draft([*self.tokens[:3], *self.tokens[:2]], [-1, -1, -1, 0, 1])
+        if self.kind == "drawn chain":
+            return Draft(torch.multinomial(self.q, 2, replacement=True).tolist(), None, self.q.expand(2, -1))
+        first, second = torch.multinomial(self.q, 2, replacement=True).tolist()
+        third = int(torch.multinomial(self.q, 1))
+        return Draft([first, second, third], [-1, -1, 0], self.q.expand(3, -1))
+
+
+def _p_value(kind: str, rows: int = 400, times: int = 10) -> float:
+    """Chi-square of three tokens generated under drafts against the model's own distribution."""
+    model = FAMILIES["llama"].build()
+    with torch.no_grad():
+        model.lm_head.weight *= 0.5  # so that no continuation is all but certain
+    start = torch.tensor([[5, 9, 4, 11]])
+    steps, top = 3, 3
+    chances = _chances(model, start, steps, top)
+    tokens = [said[0] for said in chances][:: top ** (steps - 1)]
+    torch.manual_seed(7)
+    counts = dict.fromkeys(chances, 0)
+    how = {"max_new_tokens": steps, "do_sample": True, "top_k": top, "pad_token_id": 0, "eos_token_id": None}
+    for _ in range(times):
+        found = run(Verifying(_Chance(kind, tokens)), model, start.repeat(rows, 1), how).ids[:, start.shape[1] :]
+        for said in found.tolist():
+            counts[tuple(said)] += 1
+    n = rows * times
+    # Cells of few expected draws are put together.
+    large = [said for said, chance in chances.items() if chance * n >= 8]
+    cells = [(counts[said], chances[said] * n) for said in large]
+    rest = (n - sum(count for count, _ in cells), n - sum(expected for _, expected in cells))
+    cells += [rest] if rest[1] > 1 else []
+    square = sum((count - expected) ** 2 / expected for count, expected in cells)
+    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2.0), torch.tensor(square / 2.0)))
+
+
+@pytest.mark.parametrize("kind", ["fixed chain", "fixed tree", "drawn chain", "drawn tree"])
+def test_sampling_keeps_the_distribution_of_the_model(kind: str) -> None:
+    assert _p_value(kind) > 1e-3
+
+
+def test_the_test_of_sampling_has_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = accepting.pick
+
+    def too_willing(p: Tensor, given) -> tuple[int, int | None]:
+        for which, (token, _) in enumerate(given):
+            if float(torch.rand(())) < 1.2 * float(p[token]):
+                return token, which
+        return right(p, [])
+
+    def draws_again(p: Tensor, given) -> tuple[int, int | None]:
+        for which, (token, q) in enumerate(given):
+            if float(torch.rand(())) < float(p[token]) / (1 if q is None else float(q[token])):
+                return token, which
+        return right(p, [])  # from p, not from what is left of it
+
+    def forgets_siblings(p: Tensor, given) -> tuple[int, int | None]:
+        return right(p, given[:1]) if float(torch.rand(())) < 0.5 else draws_again(p, given)
+
+    for wrong, kind in ((too_willing, "fixed chain"), (draws_again, "drawn chain"), (forgets_siblings, "drawn tree")):
+        monkeypatch.setattr(accepting, "pick", wrong)
+        assert _p_value(kind) < 1e-6
+
+
+def test_a_drafter_as_good_as_the_model_is_always_believed() -> None:
+    p = torch.tensor([0.2, 0.5, 0.3])
+    for _ in range(50):
+        token = int(torch.multinomial(p, 1))
+        assert accepting.pick(p, [(token, p)]) == (token, 0)
+
+
+class _Shown(BaseStreamer):
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+        self.over = False
+
+    def put(self, value: Tensor) -> None:
+        self.parts.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.over = True
+
+
+def test_a_streamer_gets_the_prompt_and_then_tokens_as_they_are_accepted() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 1)
+    shown = _Shown()
+    found = D.PromptLookup().generate(model, inputs["input_ids"], shown, **options(inputs))
+    assert shown.over and sum(shown.parts, []) == found.ids[0].tolist()
+    assert shown.parts[0] == inputs["input_ids"][0].tolist() and max(map(len, shown.parts[1:])) > 1
+    with pytest.raises(ValueError, match="A streamer shows one row; 2 were given"):
+        D.PromptLookup().generate(model, inputs["input_ids"].repeat(2, 1), _Shown(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "preallocated", "streaming"])
+def test_a_conversation_goes_on_with_its_cache(cache: str) -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 1)
+
+    def new() -> DynamicCache | KVCache:
+        method = CACHES[cache]
+        return DynamicCache(config=model.config) if method is None else method.build(model)
+
+    def twice(draft: bool) -> Tensor:
+        kept, ids = new(), inputs["input_ids"]
+        for _ in range(2):
+            how = {"max_new_tokens": 8, "do_sample": False, "past_key_values": kept, "pad_token_id": 0}
+            if draft:
+                ids = D.HeadCopying(heads=("L0.H1",), least=0).generate(model, ids, **how).ids
+                assert kept.get_seq_length() == ids.shape[1] - 1
+            else:
+                with caching(model):
+                    ids = model.generate(ids, **how)
+            ids = torch.cat([ids, torch.tensor([[7, 8, 9, 7]])], 1)
+        return ids
+
+    assert torch.equal(twice(True), twice(False))
+
+
+def test_what_became_of_drafts_is_counted() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 4)
+    heard: list[int] = []
+    loop = Verifying(D.CopySpec(gamma=2).drafter(model), heard=lambda stats: heard.append(stats.tokens))
+    ids = model.generate(inputs["input_ids"], custom_generate=loop, **options(inputs))
+    stats = loop.stats
+    assert stats.tokens == 4 * TOKENS == (ids[:, inputs["input_ids"].shape[1] :] != -1).sum()
+    assert stats.rows == 4 and stats.turns == sum(stats.why.values())
+    assert stats.accepted == sum(length * count for length, count in stats.lengths.items())
+    own = stats.tokens - stats.rows - stats.accepted
+    assert stats.turns - stats.why[STOPPED] <= own <= stats.turns
+    assert stats.sources["copyspec"][1:] == [stats.drafted, stats.accepted]
+    assert set(stats.why) <= {ALL, DIFFERS, STOPPED, "no room", "the last 2 tokens are new"}
+    assert heard == sorted(heard) and heard[-1] == stats.tokens and len(heard) == stats.passes
+    assert stats.data()["per_pass"] == pytest.approx((stats.tokens - 4) / stats.turns)
+    assert 0 < stats.prefill < stats.seconds and stats.tokens_per_second > 0
+
+
+def test_memory_of_an_index_is_bounded_and_it_copies_the_first_place() -> None:
+    grams = Grams((2,), most=5)
+    grams.add([1, 2, 3, 1, 2, 4, 1, 2])
+    assert grams.behind(2) == 2 and grams.copy(2, 3) == [3, 1, 2]
+    grams.add(list(range(10, 40)))
+    assert len(grams._behind) == 5 and grams.behind(2) is None
+    draw = random.Random(0)
+    text = [draw.randrange(4) for _ in range(300)]
+    grams = Grams((3,), most=10**6)
+    for at, token in enumerate(text, 1):
+        grams.add([token])
+        first = next((i for i in range(3, at) if text[i - 3 : i] == text[at - 3 : at]), None) if at >= 3 else None
+        assert grams.behind(3) == first
+
+
+def test_heads_point_at_the_token_that_followed() -> None:
+    planted = hw.data.Planted(parts=("induction",), decoys=()).build(seed=0)
+    batch = hw.data.RepeatedTokens(length=20).make(planted.tokenizer, n=1, seed=0)
+    heads = tuple(unit for unit, what in planted.truth.items() if "induction" in what)
+    ids = batch.ids[:, :30]
+    how = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    found = D.HeadCopying(heads=heads, least=0.5).generate(planted.model, ids, **how)
+    assert torch.equal(found.ids, planted.model.generate(ids, **how))
+    assert found.stats.accepted >= 8 and found.stats.acceptance > 0.7
+    score = hw.heads.Induction().score(planted.model, hw.data.RepeatedTokens(length=20).make(planted.tokenizer, 4))
+    assert set(heads) <= set(D.HeadCopying().asking(score, 2).heads)
+
+
+def test_trees_are_cut_and_become_chains() -> None:
+    tree = Draft([1, 2, 3, 4, 5], [-1, -1, 0, 2, 1], probs=torch.eye(8)[:5])
+    assert tree.chain().tokens == [1, 3, 4] and tree.chain().parents is None
+    assert tree.chain().probs is not None and tree.chain().probs.shape == (3, 8)
+    short = tree.cut(2)
+    assert short.tokens == [1, 2, 3, 5] and short.parents == [-1, -1, 0, 1]
+    assert tree.cut(3) is tree and Draft([1, 2]).cut(1).tokens == [1]
+
+
+class _Says(Drafter):
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+
+    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
+        pass
+
+    def accept(self, news: Mapping[int, News], read: Reading) -> None:
+        pass
+
+    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
+        return dict.fromkeys(rooms, self.draft)
+
+
+@pytest.mark.parametrize(
+    ("draft", "sentence"),
+    [
+        (Draft([3, VOCAB]), f"A drafter proposed token {VOCAB}; allowed are 0 to {VOCAB - 1}"),
+        (Draft([-1], source="mine"), "mine proposed token -1"),
+        (Draft([1, 2], [-1, 1]), "a tree of 2 tokens with the parents"),
+        (Draft([1, 2], [-1]), "a tree of 2 tokens with the parents"),
+        (Draft([1], None, torch.ones(1, 7)), "the vocabulary of the model"),
+    ],
+)
+def test_a_drafter_of_another_model_is_told(draft: Draft, sentence: str) -> None:
+    model = FAMILIES["llama"].build()
+    with pytest.raises(ValueError, match=sentence):
+        model.generate(torch.tensor([[4, 5]]), max_new_tokens=6, custom_generate=Verifying(_Says(draft)))
+
+
+def test_bad_requests_are_answered_in_sentences() -> None:
+    model, ids = FAMILIES["llama"].build(), torch.tensor([[4, 5, 6]])
+    copy = D.CopySpec()
+    with pytest.raises(ValueError, match="gamma is 0, tokens 10"):
+        D.CopySpec(gamma=0)
+    with pytest.raises(ValueError, match="longest is 0"):
+        D.PromptLookup(longest=0)
+    with pytest.raises(ValueError, match="tokens is 0 and least 0.2"):
+        D.HeadCopying(tokens=0)
+    with pytest.raises(ValueError, match="HeadCopying has no heads to ask"):
+        D.HeadCopying().generate(model, ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match="does not have|has the layers|heads"):
+        D.HeadCopying(heads=("L7.H0",)).generate(model, ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match="'copyspec' does not draft"):
+        D.Either("copyspec", copy)
+    with pytest.raises(ValueError, match="max_new_tokens is 0; allowed is 1 or more"):
+        copy.generate(model, ids, max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"The prompt has the shape \[1, 0\]"):
+        copy.generate(model, ids[:, :0], max_new_tokens=3)
+    with pytest.raises(ValueError, match="num_beams is 2"):
+        copy.generate(model, ids, max_new_tokens=3, num_beams=2)
+    with pytest.raises(ValueError, match="Drafts need a cache"):
+        copy.generate(model, ids, max_new_tokens=3, use_cache=False)
+    with pytest.raises(ValueError, match="output_scores is not handed back"):
+        copy.generate(model, ids, max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
+    with pytest.raises(ValueError, match="prefix_allowed_tokens_fn with drafts serves one row; 2"):
+        copy.generate(model, ids.repeat(2, 1), max_new_tokens=3, prefix_allowed_tokens_fn=lambda row, said: [4, 5])
+    with pytest.raises(TypeError, match="does not say how it drafts"):
+        DraftMethod().generate(model, ids, max_new_tokens=3)
+
+
+def test_encoder_decoders_are_refused() -> None:
+    name = next(name for name, family in FAMILIES.items() if family.kind == "both")
+    family = FAMILIES[name]
+    with pytest.raises(ValueError, match="is an encoder-decoder; drafts are verified"):
+        family.build().generate(
+            family.inputs(rows=1)["input_ids"], max_new_tokens=3, custom_generate=Verifying(_Says(Draft([1])))
+        )
+
+
+def test_the_dictionary_form_carries_the_cache() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 1)
+    loop = Verifying(D.PromptLookup().drafter(model))
+    found = model.generate(inputs["input_ids"], custom_generate=loop, return_dict_in_generate=True, **options(inputs))
+    assert torch.equal(found.sequences, plain(model, inputs))
+    assert found.past_key_values.get_seq_length() == found.sequences.shape[1] - 1
+
+
+def test_rules_read_eos_and_length_from_the_criteria() -> None:
+    config = GenerationConfig(max_length=6, do_sample=False)
+    rules = accepting.Rules(LogitsProcessorList(), StoppingCriteriaList(), config, 1)
+    line = accepting.Line(torch.tensor([1, 2]), rules.most)
+    known = rules.read(torch.eye(8)[None, [3, 4, 5, 6]])
+    walk = rules.walk(known[0], 0, Draft([3, 4, 7]), line)
+    assert walk.tokens == [3, 4, 5] and walk.path == [0, 1] and walk.why == DIFFERS and not walk.stopped
+    assert rules.walk(known[0], 3, Draft([]), line).stopped and line.room == 0
+
+
+def test_requests_are_made_again_by_their_seed() -> None:
+    from headwise.data.requests import COPYING, OPEN, copying, open_ended
+
+    tokenizer = hw.data.Planted().build(seed=0).tokenizer
+    began = time.perf_counter()
+    for make, kinds in ((copying, COPYING), (open_ended, OPEN)):
+        first = make(tokenizer, 50, 3)
+        assert first == make(tokenizer, 50, 3) != make(tokenizer, 50, 4)
+        assert {one.kind for one in first} == set(kinds) and all(one.ids for one in first)
+        assert len({one.turns for one in first}) == 50
+    assert time.perf_counter() - began < 30
+    with pytest.raises(ValueError, match="0 prompts were asked for"):
+        copying(tokenizer, 0)
