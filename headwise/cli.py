@@ -10,6 +10,8 @@ import typer
 
 from headwise import __version__
 from headwise.cli_cache import bench_command, plan_command
+from headwise.cli_lab import lab_app
+from headwise.cli_decode import generate_command
 from headwise.cli_why import why_command
 from headwise.progress import hidden
 from headwise.terminal import (
@@ -238,6 +240,8 @@ def replicate(
 app.command("plan")(plan_command)
 app.command("bench")(bench_command)
 app.command("why")(why_command)
+app.add_typer(lab_app, name="lab")
+app.command("generate")(generate_command)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwise.cli_decode import bench_drafts
 from headwise.terminal import print_json, print_table, say, sentences, tell
 
 if TYPE_CHECKING:
@@ -76,13 +77,18 @@ def plan_command(
 def bench_command(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "default",
     methods: Annotated[
-        list[str] | None, typer.Argument(help="Cache methods, such as cache.duo or pages:budget=1024.")
+        list[str] | None,
+        typer.Argument(
+            help="Cache methods, such as cache.duo or pages:budget=1024; or drafts, such as decode.copyspec."
+        ),
     ] = None,
     plan: Annotated[
         list[Path] | None, typer.Option(help="A plan: its heads keep what it says. May be repeated.")
     ] = None,
     at: Annotated[int, typer.Option(help="Tokens of the prompt.", min=64)] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens decoded in each round.", min=1)] = 16,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens decoded in each round. [default: 16, and 64 for drafts]", min=1)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds, contestants in turn.", min=1)] = 5,
     quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure answers too.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
@@ -91,19 +97,25 @@ def bench_command(
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure caches side by side: seconds, bytes and answers, with transformers' own caches beside them."""
+    """Measure caches, or drafts, side by side: seconds, bytes and answers, with transformers' own beside them."""
     with sentences():
         from headwise.plan import Plan, named_method
         from headwise.view.report import write
 
-        chosen = {text: named_method(text.removeprefix("cache.")) for text in methods or []}
+        drafts = [text for text in methods or [] if text.startswith("decode.")]
+        if drafts and drafts != methods:
+            raise ValueError(f"{', '.join(methods or [])}: caches and drafts are measured one kind at a time.")
+        chosen = {} if drafts else {text: named_method(text.removeprefix("cache.")) for text in methods or []}
         plans = {path.stem: Plan.load(path) for path in plan or []}
         opened, tokenizer, atlas = _model_and_atlas(model, dtype, device)
         for name, one in plans.items():
             one.check(opened)
             if not force and (one.trial is None or not one.trial.accepted):
                 raise ValueError(f"Plan {name} was not accepted by a test; --force measures it all the same.")
-        rows = _bench(opened, tokenizer, chosen, plans, (at, tokens, rounds, seed), quality)
+        if drafts:
+            bench_drafts(opened, tokenizer, drafts, plans, (tokens or 64, rounds, seed), as_json)
+            return
+        rows = _bench(opened, tokenizer, chosen, plans, (at, tokens or 16, rounds, seed), quality)
         atlas.add_bench(rows)
         write(atlas, atlas.path / "report.html")
         if as_json:

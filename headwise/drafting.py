@@ -49,6 +49,18 @@ class Draft:
     source: str = ""
     why: str = NOTHING
 
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest branch."""
+        return max(self._depths(), default=0)
+
+    def _depths(self) -> list[int]:
+        depths: list[int] = []
+        for index in range(len(self.tokens)):
+            parent = index - 1 if self.parents is None else self.parents[index]
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
     def chain(self) -> "Draft":
         """The first branch of a tree, as a chain."""
         if self.parents is None:
@@ -68,9 +80,7 @@ class Draft:
                 return self
             probs = None if self.probs is None else self.probs[:room]
             return Draft(self.tokens[:room], None, probs, self.source, NO_ROOM)
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(1 if parent < 0 else depths[parent] + 1)
+        depths = self._depths()
         if max(depths, default=0) <= room:
             return self
         kept = [i for i, depth in enumerate(depths) if depth <= room]

@@ -1,6 +1,7 @@
 """What people ask a model to write: requests whose answer repeats a text, and requests whose answer does not.
 
-They have no answer key; they are what ways to generate are timed on. Second turns that ask for a variation of an answer
+They have no answer key; they are what ways to generate are timed on. Answers that repeat a text are begun with its
+first words, as a small model does not always do what it is asked. Second turns that ask for a variation of an answer
 are the idea of MT-Redundant (Dumitru et al., 2025, arXiv:2502.08923), put together here from other parts.
 """
 
@@ -19,14 +20,16 @@ COPYING = ("edit", "quote", "summarise", "variation")
 OPEN = ("story", "explain", "list", "advise", "describe")
 OTHERS = ("garden", "letter", "machine", "river", "window", "castle", "orange", "planet")
 SHORT, LONG = 250, 700
+BEGUN = 6
 
 
 class Request(NamedTuple):
-    """One request: its kind, the turns so far (the user begins), and the ids from which a model goes on."""
+    """One request: its kind, the turns so far (the user begins), the ids to go on from, how the answer is begun."""
 
     kind: str
     turns: tuple[str, ...]
     ids: list[int]
+    begun: str = ""
 
 
 def copying(tokenizer: "PreTrainedTokenizerBase", n: int, seed: int = 0) -> list[Request]:
@@ -41,7 +44,10 @@ def copying(tokenizer: "PreTrainedTokenizerBase", n: int, seed: int = 0) -> list
     draw = random.Random(f"requests copying {seed}")
     passages = [one for one in plain_paragraphs(SHORT) if len(one) <= LONG and _frequent(one)]
     chosen = [draw.choice(passages) for _ in range(n)]
-    return [_request(tokenizer, kind, _copying(kind, passage, draw)) for kind, passage in _in_turn(COPYING, chosen)]
+    return [
+        _request(tokenizer, kind, _copying(kind, passage, draw), " ".join(passage.split()[:BEGUN]))
+        for kind, passage in _in_turn(COPYING, chosen)
+    ]
 
 
 def open_ended(tokenizer: "PreTrainedTokenizerBase", n: int, seed: int = 0) -> list[Request]:
@@ -73,7 +79,7 @@ def _copying(kind: str, passage: str, draw: random.Random) -> tuple[str, ...]:
     if kind == "quote":
         return (f"Repeat the text below word for word.\n\n{passage}",)
     if kind == "summarise":
-        return (f"Summarise the text below in two sentences. Use its own words.\n\n{passage}",)
+        return (f"Shorten the text below. Keep the sentences that matter as they are.\n\n{passage}",)
     ask = f"Explain what the reference of Python says about {old}."
     return (ask, passage, f'Give the same answer again, but say "{new}" instead of "{old}".')
 
@@ -90,12 +96,13 @@ def _open(kind: str, draw: random.Random) -> str:
     }[kind]
 
 
-def _request(tokenizer: "PreTrainedTokenizerBase", kind: str, turns: tuple[str, ...]) -> Request:
-    """The ids of a conversation, by the tokenizer's own template where it has one."""
+def _request(tokenizer: "PreTrainedTokenizerBase", kind: str, turns: tuple[str, ...], begun: str = "") -> Request:
+    """The ids of a conversation and of the beginning of its answer, by the tokenizer's template where it has one."""
     roles = ("user", "assistant")
     said = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
     if tokenizer.chat_template:
         text = str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
-        return Request(kind, turns, encode(tokenizer, text))
+        return Request(kind, turns, encode(tokenizer, text + begun), begun)
     text = "\n\n".join(f"{one['role'].capitalize()}: {one['content']}" for one in said)
-    return Request(kind, turns, start_ids(tokenizer) + encode(tokenizer, f"{text}\n\nAssistant:"))
+    ids = start_ids(tokenizer) + encode(tokenizer, f"{text}\n\nAssistant: {begun}".rstrip())
+    return Request(kind, turns, ids, begun)
