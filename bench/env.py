@@ -17,7 +17,8 @@ PEERS = {
     "nnsight": "nnsight==0.8.1",
     "kvpress": "kvpress==0.5.5",
     "circuitkit": "circuitkit==0.2.0",
-    "auto_circuit": "auto-circuit==1.0.1",
+    # It asks for TransformerLens 1.13 or later, and the HookedTransformer that it imports is gone since 4.0.
+    "auto_circuit": "auto-circuit==1.0.1 transformer-lens==3.8.0",
 }
 SHOWN = (
     "torch", "transformers", "transformer-lens", "nnsight", "kvpress", "circuitkit", "auto-circuit", "numpy",
@@ -40,7 +41,7 @@ def python_of(peer: str, envs: Path) -> str:
         envs.mkdir(parents=True, exist_ok=True)
         venv.create(place, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        done = subprocess.run([*pip, TORCH, PEERS[peer]], capture_output=True, text=True, check=False)
+        done = subprocess.run([*pip, TORCH, *PEERS[peer].split()], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{PEERS[peer]} could not be installed:\n{done.stderr[-2000:]}")
         (place / ".made").touch()
