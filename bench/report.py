@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 from report_cache import caches
+from report_decode import drafts
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -62,6 +63,7 @@ def main() -> None:
         screening(load("screen")),
         mapping(load("map_time")),
         caches(load, circumstances),
+        drafts(load, circumstances),
         NOTES.strip(),
     ]
     (ROOT / "docs" / "bench.md").write_text("\n\n".join(part for part in parts if part) + "\n")

@@ -1,0 +1,166 @@
+"""Decoding with drafts side by side on the default model: seconds, tokens a pass, and identical tokens.
+
+python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--plan FILE]
+    answers that repeat a text and answers that do not: plain greedy, transformers' prompt lookup, CopySpec, copying by
+    heads, and with a plan the plan alone and plan + CopySpec; contestants in turns in one process
+python bench/decode.py batch [--requests 48] [--rows 4]
+    the same, requests padded on the left in batches, against plain greedy of the same batches and row by row
+python bench/decode.py same [--prompts 200] [--tokens 64] [--others 20]
+    tokens of each drafter against plain greedy, in float32: --prompts through transformers' own cache, and --others
+    through each cache of this project, alone and in batches of 4
+Results go to bench/results/decode_*.json; docs/bench.md is made from them by bench/report.py.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import machine
+import race
+import torch
+
+from headwise import decode, open_model
+from headwise.attach import attach, detach
+from headwise.cache.adakv import AdaKV
+from headwise.cache.duo import Duo
+from headwise.cache.pages import Pages
+from headwise.cache.preallocated import Preallocated
+from headwise.cache.snapkv import SnapKV
+from headwise.cache.streaming import Streaming
+from headwise.data.layout import pad_id
+from headwise.data.requests import copying, open_ended
+from headwise.decoding import Way, compare, usual, with_heads
+from headwise.plan import Plan
+from headwise.task import pad_left
+from headwise.verifying import DraftMethod
+
+LONG = 24
+CACHES = {
+    "DynamicCache": None,
+    "preallocated": Preallocated(),
+    "duo": Duo(sink=16, recent=64),
+    "streaming": Streaming(sink=16, recent=128),
+    "snapkv": SnapKV(window=32, capacity=96),
+    "adakv": AdaKV(window=32, capacity=96),
+    "pages": Pages(budget=128, page=16, piece=8),
+}
+
+
+def methods(model, tokenizer) -> dict[str, DraftMethod]:
+    """The drafters of this project that need no training."""
+    heads = with_heads(decode.HeadCopying(), model, tokenizer)
+    long = decode.HeadCopying(heads=heads.heads, tokens=LONG)
+    return {
+        "CopySpec": decode.CopySpec(),
+        "CopySpec, paced": decode.Paced(decode.CopySpec(tokens=LONG)),
+        "copying by heads": heads,
+        "copying by heads, paced": decode.Paced(long),
+        "CopySpec, else heads, paced": decode.Paced(decode.Either(decode.CopySpec(tokens=LONG), long)),
+        "prompt lookup, our loop": decode.PromptLookup(),
+    }
+
+
+def about(**how) -> dict:
+    """Machine, versions, and how it was measured."""
+    return {"machine": machine.facts(), "versions": race.particulars_of_ours(), "how": how}
+
+
+def speed(requests: int, tokens: int, rounds: int, plan: str | None) -> None:
+    """One row at a time."""
+    model, tokenizer = open_model()
+    drafts = methods(model, tokenizer)
+    ways = {**usual(), **{name: Way(method) for name, method in drafts.items()}}
+    if plan is not None:
+        loaded = Plan.load(plan)
+        loaded.check(model)
+        ways["plan"] = Way(treatments=loaded.treatments())
+        ways["plan + CopySpec"] = Way(drafts["CopySpec"], treatments=loaded.treatments())
+    rows, began = [], os.getloadavg()[0]
+    for kind, make in (("repeats", copying), ("open", open_ended)):
+        found = compare(model, tokenizer, ways, make(tokenizer, requests), tokens=tokens, rounds=rounds)
+        rows += [{"kind": kind, **asdict(one), "tokens_per_second": one.tokens_per_second} for one in found]
+        load = [round(began, 1), round(os.getloadavg()[0], 1)]
+        race.save("decode_speed", {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
+
+
+def batch(requests: int, tokens: int, rounds: int, together: int) -> None:
+    """Batches padded on the left; and the same requests one at a time."""
+    model, tokenizer = open_model()
+    chosen = {name: one for name, one in methods(model, tokenizer).items() if name.startswith("CopySpec")}
+    ways = {"greedy": Way(), **{name: Way(method) for name, method in chosen.items()}}
+    rows, began = [], os.getloadavg()[0]
+    for kind, make in (("repeats", copying), ("open", open_ended)):
+        for size in (together, 1):
+            found = compare(model, tokenizer, ways, make(tokenizer, requests), tokens=tokens, rounds=rounds, rows=size)
+            rows += [{"kind": kind, **asdict(one), "tokens_per_second": one.tokens_per_second} for one in found]
+            load = [round(began, 1), round(os.getloadavg()[0], 1)]
+            race.save("decode_batch", {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
+
+
+@contextmanager
+def through(model, method) -> Iterator[None]:
+    """Inside the block `generate` makes this cache."""
+    if method is None:
+        yield
+        return
+    attach(model, method)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+def same(prompts: int, tokens: int, others: int) -> None:
+    """How many texts are identical, for each drafter, cache and batch."""
+    model, tokenizer = open_model()
+    drafts, rows = methods(model, tokenizer), []
+    for cache, treatment in CACHES.items():
+        n = prompts if treatment is None else others
+        asked = [
+            one for pair in zip(copying(tokenizer, n, 1), open_ended(tokenizer, n, 1), strict=True) for one in pair
+        ]
+        for size in (1, 4):
+            identical = dict.fromkeys(drafts, 0)
+            chosen = asked[:n] if size == 1 else asked[: 4 * max(1, min(n, others) // 4)]
+            for start in range(0, len(chosen), size):
+                ids, mask = pad_left([one.ids for one in chosen[start : start + size]], pad_id(tokenizer))
+                how = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
+                with through(model, treatment):
+                    plain = model.generate(ids, **how)
+                    for name, method in drafts.items():
+                        ours = method.generate(model, ids, **how).ids
+                        identical[name] += (
+                            sum(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+                            if ours.shape == plain.shape
+                            else 0
+                        )
+            rows += [
+                {"cache": cache, "batch": size, "drafter": name, "texts": len(chosen), "identical": count}
+                for name, count in identical.items()
+            ]
+            race.save("decode_same", {**about(tokens=tokens), "rows": rows})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("speed", "batch", "same"))
+    parser.add_argument("--requests", type=int, default=50)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--others", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--plan")
+    given = parser.parse_args()
+    if given.job == "speed":
+        speed(given.requests, given.tokens, given.rounds, given.plan)
+    elif given.job == "batch":
+        batch(given.requests, given.tokens, given.rounds, given.rows)
+    else:
+        same(given.prompts, given.tokens, given.others)
+
+
+if __name__ == "__main__":
+    main()
