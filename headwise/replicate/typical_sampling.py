@@ -51,9 +51,9 @@ class TypicalSampling(Replication):
     paper: ClassVar[str] = "competitive in quality, consistently fewer degenerate repetitions"
 
     changed: ClassVar[str] = (
-        "the first run had the masses 0.9 and 0.95 and held partly; at 0.95 every one of 2304 tokens was that of nucleus "
-        "sampling with the same chance, for a mass so large leaves out only unlikely tokens. The paper's 0.2 and 0.5 were "
-        "put in their place, the other rules got strengths on either side, and texts became 64 tokens instead of 96."
+        "the first run had the masses 0.9 and 0.95 and held partly; at 0.95 all of 2304 tokens were those of nucleus "
+        "sampling with the same chance, for a mass so large leaves out only unlikely tokens. The paper's 0.2 and 0.5 "
+        "came in its place, the other rules got strengths on either side, and texts became 64 tokens instead of 96."
     )
 
     draws: ClassVar[int] = 2000
