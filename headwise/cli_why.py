@@ -1,7 +1,7 @@
 """The command that explains an answer: why."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,10 @@ def why_command(
     draws: Annotated[int, typer.Option(help="Random circuits of each kind to compare with.", min=0)] = 20,
     top: Annotated[int, typer.Option(help="Edges in the table.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File for the graph, as parquet.")] = None,
+    atlas: Annotated[
+        Path | None, typer.Option(help="Atlas whose report shows the graph; begun if need be. [default: atlas/<model>]")
+    ] = None,
+    view: Annotated[bool, typer.Option(help="Keep the graph in the atlas and write its report.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of random contrasts and circuits.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
@@ -38,13 +42,29 @@ def why_command(
         asked = Why(target=target, draws=draws, seed=seed)
         reason = asked.ask(opened, tokenizer, prompt, answer, instead, contrast)
         if out is not None:
-            reason.graph.save(out)
+            reason.kept().save(out)
+        page = _kept(model, opened, tokenizer, reason, atlas) if view else None
         if as_json:
             print_json(reason.data())
         else:
             _print_reason(reason, top)
             if out is not None:
                 say(f"Graph: {out}")
+            if page is not None:
+                say(f"Circuit view: {page}#&graph={reason.name}")
+
+
+def _kept(opened_as: str, model: Any, tokenizer: Any, reason: "Reason", folder: Path | None) -> Path:
+    """Put the graph into the atlas of its model, and hand back the report that shows it."""
+    from headwise.atlas import Atlas
+    from headwise.models import folder_of
+    from headwise.view.report import write
+
+    atlas = Atlas.of(model, folder or Path("atlas") / folder_of(opened_as, model), tokenizer)
+    if "source" not in atlas.about:
+        atlas.note(source=opened_as)
+    atlas.add_graph(reason.name, reason.kept())
+    return write(atlas, atlas.path / "report.html")
 
 
 def _print_reason(reason: "Reason", top: int) -> None:

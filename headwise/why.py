@@ -5,6 +5,7 @@ exchanged wherever the prompt names them; and where it names neither, the tokens
 replaced by random ones, as few as take most of the difference away.
 """
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ class Reason:
         how: how the contrast was made: "given", "exchanged" or "random".
         metric: what was measured: "logit difference", or "log-probability ratio" where an answer is several tokens.
         graph: the edges; tokens of the prompt are the places embed@0, embed@1 and so on.
+        batch: the prompts that were run, as methods of the circuits room take them.
         worth: what the graph explains, on the prompt that it was found on.
     """
 
@@ -48,7 +50,21 @@ class Reason:
     metric: str
     graph: Graph
     worth: Worth
+    batch: Batch
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A name for its graph in an atlas: the two answers, and a few digits for the prompt and its contrast."""
+        words = [re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:16] for text in (self.answer, self.instead)]
+        asked = "\n".join([self.prompt, self.answer, self.instead, *self.contrast])
+        return "-".join(["why", *filter(None, words), hashlib.sha256(asked.encode()).hexdigest()[:6]])
+
+    def kept(self) -> Graph:
+        """The graph with the question and all that was measured in its provenance, as it is saved."""
+        said = {key: value for key, value in self.data().items() if key not in ("nodes", "edges", "about")}
+        said |= {"low": self.worth.low, "high": self.worth.high, "reasons": self.worth.reasons}
+        return replace(self.graph, about={**self.about, "why": said})
 
     def named(self, place: str) -> str:
         """A place in words that a reader of the prompt knows: embed@3 with its token."""
@@ -144,6 +160,7 @@ class Why(Method):
             metric=metric_name,
             graph=replace(graph, name="why", about=about),
             worth=appraisal.of(parts, graph, about),
+            batch=batch,
             about=about,
         )
 

@@ -1,5 +1,6 @@
 """A made-up atlas of 30 layers and 9 heads, for looking at the views. Nothing in it was measured on a model."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ from headwise.atlas import Atlas
 from headwise.cache.duo import Duo
 from headwise.cache.preallocated import Preallocated
 from headwise.claim import Claim, Rung
+from headwise.graph import COLUMNS as EDGES
+from headwise.graph import Graph
 from headwise.plan import Plan, Trial
 from headwise.score import COLUMNS, Score
 
@@ -145,6 +148,7 @@ def synthetic_atlas(path: Path, layers: int = 30, heads: int = 9, seed: int = 0)
     add_patterns(atlas, units, roles, rng)
     atlas.add_readouts(readouts_of(units, rng))
     add_plans(atlas, {layer: max(1, heads // 3) for layer in range(layers)}, rng)
+    add_graphs(atlas, layers, heads, np.random.default_rng(seed))
     return atlas
 
 
@@ -279,3 +283,60 @@ def bench_row(cache: str, share: float, decode_ms: float, kept: float | None) ->
         "retrieval": None if kept is None else 0.91 * kept,
         "nll": None if kept is None else 3.05 + 0.3 * (1 - kept),
     }
+
+
+def graph_of(layers: int, heads: int, many: int, rng: np.random.Generator, tokens: int = 0) -> Graph:
+    """Edges on made-up paths from tokens (or the embedding) to the logits; a fifth of them speak against the answer."""
+    kv = max(1, heads // 3)
+    found: dict[tuple[str, str], float] = {}
+    while len(found) < many:
+        target, top = "logits", layers
+        while target:
+            layer = int(rng.integers(-1, top))
+            if layer < 0:
+                source = f"embed@{rng.integers(tokens)}" if tokens else "embed"
+            else:
+                source = f"L{layer}.mlp" if rng.random() < 0.2 else f"L{layer}.H{rng.integers(heads)}"
+            weight = float(rng.gamma(0.6, 0.3) * (1 if rng.random() < 0.8 else -0.4))
+            found.setdefault((source, target), weight)
+            if layer < 0:
+                break
+            side, head = str(rng.choice(list("qkv"))), int(source.split(".H")[1]) if ".H" in source else -1
+            unit = f"H{head}.q" if side == "q" else f"G{head * kv // heads}.{side}"
+            target, top = source if head < 0 else f"L{layer}.{unit}", layer
+    rows = [(s, t, w, abs(w) / 9, 8) for (s, t), w in found.items()]
+    about = provenance("eap_ig", "ioi") | {"method": {"name": "circuits.eap_ig", "fields": {"steps": 5}}}
+    table = pl.DataFrame(rows, schema=EDGES, orient="row")
+    return Graph("eap_ig", table, {layer: (heads, kv) for layer in range(layers)}, "seen", about)
+
+
+def add_graphs(atlas: Atlas, layers: int, heads: int, rng: np.random.Generator) -> None:
+    """The graph of one answer, with what was measured of it; one of a task; and one that is torn."""
+    tokens = tokens_of(TEXTS["names"])
+    graph = graph_of(layers, heads, 90, rng, len(tokens))
+    largest = graph.top(12).nodes
+    asked = {
+        "prompt": TEXTS["names"],
+        "answer": "Mary",
+        "instead": "John",
+        "tokens": tokens,
+        "contrast": [TEXTS["names"].replace("John gave", "Mary gave")],
+        "how": "exchanged",
+        "metric": "logit difference",
+        "clean": 4.2,
+        "corrupt": -3.9,
+        "faithfulness": 0.83,
+        "low": None,
+        "high": None,
+        "left": 0.11,
+        "explains": True,
+        "says": f"{len(graph)} of 31000 edges explain the behaviour, in this made-up example.",
+        "p": {"paths": 0.048, "shuffled": 0.048},
+        "losses": {node: round(float(rng.uniform(0, 0.5)), 4) for node in largest if node != "logits"},
+        "of": 31000,
+    }
+    method = {"method": {"name": "headwise.why", "fields": {"target": 0.8, "steps": 5, "seed": 0}}}
+    about = graph.about | method | {"why": asked}
+    atlas.add_graph("why-mary-john-0a1b2c", dataclasses.replace(graph, name="why", about=about))
+    atlas.add_graph("ioi", graph_of(layers, heads, 400, rng))
+    (atlas.path / "graphs" / "torn.parquet").write_bytes(b"no parquet")

@@ -125,10 +125,44 @@ def test_a_chosen_dot_gives_its_numbers_and_stays_in_the_address(found):
     assert "torn.json is not a headwise plan" in tried["out"] and "/" not in tried["out"]
 
 
+def test_the_threshold_shows_the_largest_edges_and_stays_in_the_address(found):
+    drawn = found["circuit"]
+    assert (drawn["edges"], drawn["one"], drawn["few"], drawn["linked"]) == (40, 1, 12, 7)
+    assert drawn["all"] >= 90 and drawn["says"].startswith(f"40 of {drawn['all']} edges, each at least ")
+    assert drawn["address"] == "#L5.H1&graph=why-mary-john-0a1b2c&edges=12"
+    assert "explain the behaviour, in this made-up example" in drawn["verdict"]
+    assert drawn["rows"] == 12 and drawn["task"] == 40 and drawn["other"] == "#L5.H1&graph=ioi"
+    assert "torn.parquet is not a headwise graph" in drawn["out"] and "/" not in drawn["out"].replace(" / ", "")
+
+
+def test_places_of_a_circuit_are_reached_by_arrow_keys(found):
+    drawn = found["circuit"]
+    assert drawn["stops"] == 1
+    first, _, back, top = drawn["walk"]
+    assert first == drawn["before"] and back != "logits" and top == "logits"
+    assert drawn["label"].startswith("logits: reads ")
+
+
+def test_a_pressed_place_or_edge_gives_its_numbers_and_its_code(found):
+    drawn = found["circuit"]
+    place = drawn["before"]
+    assert drawn["heading"] == place and f"node={place}" in drawn["picked"]
+    assert "Reads" in drawn["numbers"] and "Is read by" in drawn["numbers"] and "%" in drawn["numbers"]
+    assert " to " in drawn["edge"] and drawn["closed"] == 0
+    for code in (drawn["code"], drawn["bench"]):
+        compile(code, "circuit", "exec")
+    assert "shown = graph.top(12)" in drawn["code"] and "PathPatching(senders=(" in drawn["code"]
+    assert (
+        drawn["bench"].count("print(graph[") == 12
+        and "print(worth.faithfulness, worth.left)  # 0.83 0.11" in drawn["bench"]
+    )
+    assert drawn["opened"] == f"#L5.H1&graph=ioi&node={drawn['pressed'].replace('>', '%3E')}"
+
+
 def test_axe_finds_no_violation_in_light_or_dark(found):
     assert {name: rules for name, rules in found["violations"].items() if rules} == {}
     assert min(found["checks"].values()) > 15
-    assert len(found["violations"]) == 8
+    assert len(found["violations"]) == 10
 
 
 def test_the_same_modules_work_as_notebook_widgets(found):
@@ -138,6 +172,7 @@ def test_the_same_modules_work_as_notebook_widgets(found):
     assert made["headcard"]["followed"].strip() == "L7.H4"
     assert made["patternview"]["followed"].startswith("Pattern of L7.H4")
     assert made["tradeoffview"]["followed"] == "Trade-offs L7.H4"
+    assert made["circuitview"]["followed"].strip() == "Circuit" and made["circuitview"]["node"] == "logits"
     assert all((one["left"], one["heard"]) == (0, 0) for one in made.values())
 
 

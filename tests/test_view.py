@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from synthetic_atlas import FINGERPRINT, TEXTS, bench_row, empty_atlas, plan_of, score_table, synthetic_atlas
+from synthetic_atlas import (
+    FINGERPRINT,
+    TEXTS,
+    bench_row,
+    empty_atlas,
+    graph_of,
+    plan_of,
+    score_table,
+    synthetic_atlas,
+)
 
 from headwise.atlas import Atlas
 from headwise.claim import ROLES, Claim, Rung
@@ -142,6 +151,48 @@ def test_a_plan_of_other_weights_or_without_a_trial_is_left_out_with_the_reason(
     assert [(dot["plan"], dot["kept"]) for dot in found["dots"]] == [("untried", None)]
 
 
+def test_circuits_hold_every_edge_with_where_it_ends(atlas):
+    found = gather(atlas)["circuits"]
+    assert [graph["name"] for graph in found["graphs"]] == ["ioi", "why-mary-john-0a1b2c"]
+    assert list(found["left_out"]) == ["torn"] and found["left_out"]["torn"].startswith("torn.parquet is not")
+    task, why = found["graphs"]
+    held = atlas.graph("why-mary-john-0a1b2c")
+    assert why["title"] == "Mary, not John" and task["title"] == "eap_ig, ioi" and task["question"] is None
+    sizes = [abs(edge["weight"]) for edge in why["edges"]]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == why["edges_in_all"] == len(held)
+    drawn = {node["name"] for node in why["nodes"]}
+    for edge in why["edges"]:
+        assert edge["weight"] == pytest.approx(held[edge["source"], edge["target"]], rel=1e-4)
+        assert set(edge["into"]) <= set(held.nodes_of(edge["target"])) and set(edge["into"]) & drawn
+    first = next(node for node in why["nodes"] if node["kind"] == "token")
+    assert first["label"] == why["tokens"][first["order"]]
+    assert why["question"]["answer"] == "Mary" and "tokens" not in why["question"] and "why" not in why["about"]
+
+
+def test_code_of_circuits_names_what_made_them(atlas):
+    task, why = gather(atlas)["circuits"]["graphs"]
+    assert 'Why(target=0.8, steps=5, seed=0).ask(model, tokenizer, "When Mary' in why["code"].replace("'", '"')
+    assert 'batch = load("data.ioi")' in task["code"] and 'load("circuits.eap_ig")(steps=5).find' in task["code"]
+    for graph in (task, why):
+        compile(graph["code"] + "\n" + graph["exact"], "circuit", "exec")
+    assert "tokens=True).find(model, reason.batch)" in why["exact"] and "tokens=False" in task["exact"]
+
+
+def test_a_graph_of_other_weights_is_left_out_with_the_reason(tmp_path):
+    atlas = empty_atlas(tmp_path, {0: 4}, {0: 2})
+    graph = graph_of(1, 4, 3, np.random.default_rng(0))
+    other = dataclasses.replace(graph, about=graph.about | {"fingerprint": "other"})
+    other.save(tmp_path / "graphs" / "other.parquet")
+    with pytest.raises(ValueError, match="The graph g belongs to weights other; this atlas holds 0123456789abcdef"):
+        atlas.add_graph("g", other)
+    with pytest.raises(ValueError, match="'a b' cannot name a graph"):
+        atlas.add_graph("a b", graph)
+    found = gather(atlas)["circuits"]
+    assert found["graphs"] == [] and "with other weights than this atlas" in found["left_out"]["other"]
+    with pytest.raises(ValueError, match="has no graph 'otter'; it has other. Did you mean 'other'"):
+        atlas.graph("otter")
+
+
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<!--",
@@ -176,7 +227,7 @@ def test_an_empty_atlas_has_a_report(tmp_path):
     assert data["summary"] == "None of 4 heads is proved. 4 are unknown."
     assert (data["scores"], data["claims"], data["patterns"], data["readouts"]) == ([], {}, [], {})
     assert data["heads"][0]["sentence"] == "L0.H0 is unknown: it was tested for no role."
-    assert data["tradeoffs"] is None
+    assert data["tradeoffs"] is None and data["circuits"] is None
     assert gather(empty_atlas(tmp_path / "b", {}))["summary"] == "This atlas holds no heads yet."
 
 
@@ -308,7 +359,8 @@ def test_widgets_show_the_same_data(atlas):
     widgets = pytest.importorskip("headwise.view.widgets")
     made = widgets.HeadMap(atlas, unit="L5.H1", colour="induction_stripe")
     assert made.data == gather(atlas) and (made.unit, made.colour) == ("L5.H1", "induction_stripe")
-    for widget in (made, widgets.HeadCard(atlas), widgets.PatternView(atlas, prompt="code"), widgets.Tradeoffs(atlas)):
+    more = widgets.PatternView(atlas, prompt="code"), widgets.Tradeoffs(atlas), widgets.Circuit(atlas, "ioi")
+    for widget in (made, widgets.HeadCard(atlas), *more):
         assert re.search(r"export\s*{[^}]*\bas default\b", str(widget._esm))
         assert ".hw" in str(widget._css)
         widget.close()
@@ -319,6 +371,8 @@ def test_widgets_name_what_is_wrong(atlas, monkeypatch):
 
     with pytest.raises(ValueError, match=r"no head 'L99\.H1'; it has 72, such as L0\.H0"):
         widgets.HeadCard(atlas, unit="L99.H1")
+    with pytest.raises(ValueError, match="has no graph 'nothing'; it has ioi, torn, why-mary-john-0a1b2c"):
+        widgets.Circuit(atlas, "nothing")
     monkeypatch.setitem(sys.modules, "anywidget", None)
     widgets._widget_class.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'headwise\[view\]'"):

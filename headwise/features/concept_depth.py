@@ -21,6 +21,7 @@ class ConceptDepth(FeatureMethod):
     """A linear probe a layer for each concept, and the depth at which it knows what it will know.
 
     A batch is a concept: its answers are the labels, its last column `at` is what is read, `about["concept"]` names it.
+    Where `about["groups"]` has a number a prompt, those of one number are all fitted on or all tested on.
     `found` holds for each the accuracy on held-out prompts by layer, that of probes for shuffled labels ("control"),
     and "jumps" and "converges": the first layer whose accuracy is 1.1 times that of the layer below it, and the first
     from which on accuracy stays within `within` of its best, as shares of the depth (None where it never jumps).
@@ -58,9 +59,10 @@ class ConceptDepth(FeatureMethod):
             last = Batch(batch.inputs, at=batch.at[:, -1:].clone(), answer=batch.answer[:, -1:])
             values = states(model, [last], sites)
             draw = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(len(labels), generator=draw)
-            cut = min(max(1, round(self.share * len(labels))), len(labels) - 1)
-            seen, unseen = order[:cut], order[cut:]
+            groups = torch.tensor(batch.about.get("groups", list(range(len(labels)))))
+            order = groups.unique()[torch.randperm(len(groups.unique()), generator=draw)]
+            cut = min(max(1, round(self.share * len(order))), len(order) - 1)
+            seen, unseen = (torch.isin(groups, part).nonzero()[:, 0] for part in (order[:cut], order[cut:]))
             shuffled = [labels[torch.randperm(len(labels), generator=draw)] for _ in range(self.control)]
             right, chance = [], []
             for number, site in zip(numbers, sites, strict=True):

@@ -31,12 +31,14 @@ class LmHeadNeurons(FeatureMethod):
     Fields:
         side: "down", what a neuron writes; "up" or "gate", what it is made of.
         top: tokens that are kept.
+        layers: which; all by default.
     """
 
     row: ClassVar[str] = "s110"
     needs: ClassVar[str] = ""
     side: str = "down"
     top: int = 5
+    layers: tuple[int, ...] = ()
 
     def fit(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Reader:
         """A reader without maps; prompts are not used.
@@ -49,7 +51,7 @@ class LmHeadNeurons(FeatureMethod):
         weights = Weights(model)
         readout = weights.readout
         tables: dict[str, Tensor] = {}
-        for number in weights.layers:
+        for number in self.layers or weights.layers:
             if weights.post_norm(number) is not None:
                 raise ValueError(
                     f"Layer {number} of this {weights.body.model_type} has a norm behind its MLP, so a neuron's own "

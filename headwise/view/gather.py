@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwise.claim import ROLES, Claim
+from headwise.view.circuits import circuits
 from headwise.view.plain import number, plain
 from headwise.view.tradeoffs import tradeoffs
 from headwise.view.words import head_sentence, score_code, shown_role, summary_sentence
@@ -45,6 +46,7 @@ def gather(atlas: "Atlas") -> dict[str, Any]:
         "patterns": [_pattern(atlas, prompt) for prompt in atlas.patterns()],
         "readouts": _readouts(atlas),
         "tradeoffs": tradeoffs(atlas, [_kv_of(unit, about) for unit in units]),
+        "circuits": circuits(atlas),
     }
 
 

@@ -1,4 +1,4 @@
-"""Notebook widgets: the map, the head card, the pattern and the trade-offs, drawn by the same modules as the report."""
+"""Notebook widgets: map, head card, pattern, trade-offs and circuit, drawn by the same modules as the report."""
 
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,9 @@ SHARED = {
     "role": "",
     "dot": "",
     "quality": "kept",
+    "graph": "",
+    "edges": 0,
+    "node": "",
 }
 
 
@@ -43,7 +46,9 @@ def _widget_class(module: str, title: str) -> "type[AnyWidget]":
         "data": traitlets.Dict().tag(sync=True),
         **traits,
     }
-    return type(title, (anywidget.AnyWidget,), body | {"__doc__": f"The {title} view of an atlas."})
+    return type(
+        title, (anywidget.AnyWidget,), body | {"__doc__": f"The {title} view of an atlas.", "__module__": __name__}
+    )
 
 
 def _make(module: str, title: str, atlas: "Atlas", **state: Any) -> "AnyWidget":
@@ -77,3 +82,14 @@ def Tradeoffs(atlas: "Atlas", dot: str = "") -> "AnyWidget":
     `.dot` is the key of the selected dot, such as "0.4/plan", both ways.
     """
     return _make("tradeoffview", "Tradeoffs", atlas, dot=dot)
+
+
+def Circuit(atlas: "Atlas", graph: str = "", node: str = "", edges: int = 0) -> "AnyWidget":
+    """A graph of the atlas, layers on one axis; `edges` is how many of its largest are shown, 0 for a readable number.
+
+    `.node` is what is selected, a place ("L5.H1") or an edge ("L5.H1>logits"), both ways.
+    """
+    names = list(atlas.graphs())
+    if graph and graph not in names:
+        raise ValueError(f"This atlas has no graph {graph!r}; it has {', '.join(names) or 'none'}.")
+    return _make("circuitview", "Circuit", atlas, graph=graph, node=node, edges=edges)

@@ -91,16 +91,16 @@ def summary_sentence(heads: list[dict[str, Any]]) -> str:
     return f"{proved}{other} {unknown} {'is' if unknown == 1 else 'are'} unknown{looks}."
 
 
-def _call(name: str, fields: dict[str, Any]) -> str:
+def call_code(name: str, fields: dict[str, Any]) -> str:
     """`load("heads.induction")(rows=8)`, with the fields that the method really has."""
     known = {card.name: set(card.fields) for card in catalogue()}.get(name, set(fields) - RECORDED)
     options = ", ".join(f"{key}={value!r}" for key, value in fields.items() if key in known)
     return f'load("{name}")({options})'
 
 
-def _batch_code(task: dict[str, Any]) -> str:
+def batch_code(task: dict[str, Any]) -> str:
     """The prompts of a task; the part of them that was used, as far as the provenance tells."""
-    made = f"{_call(task['task'], task)}.make(tokenizer, n={task.get('n', 8)}, seed={task.get('seed', 0)})"
+    made = f"{call_code(task['task'], task)}.make(tokenizer, n={task.get('n', 8)}, seed={task.get('seed', 0)})"
     part = re.fullmatch(r"rows (\d+) to (\d+)", task.get("part", ""))
     return f"batch = {made}" + (f".take(slice({part[1]}, {int(part[2]) + 1}))" if part else "")
 
@@ -116,7 +116,7 @@ def score_code(score: "Score") -> str:
     lines.append(f"model, tokenizer = open_model({opening}")
     batch = "None"
     if isinstance(task, dict) and str(task.get("task", "")).startswith("data."):
-        lines.append(_batch_code(task))
+        lines.append(batch_code(task))
         batch = "batch"
-    call = _call(method["name"], method.get("fields") or {})
+    call = call_code(method["name"], method.get("fields") or {})
     return "\n".join([*lines, f"again = {call}.score(model, {batch})"])

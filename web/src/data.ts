@@ -99,6 +99,64 @@ export interface Tradeoffs {
   left_out: Record<string, string>;
 }
 
+/** A place of a graph: tokens (and "embed") write only, the logits read only. */
+export interface CircuitNode {
+  name: string;
+  kind: "token" | "head" | "mlp" | "logits";
+  layer: number | null;
+  label: string;
+  order: number;
+}
+
+/** An edge; `into` names the drawn places that its target belongs to. */
+export interface CircuitEdge {
+  source: string;
+  target: string;
+  weight: number | null;
+  error: number | null;
+  into: string[];
+}
+
+/** What `headwise why` was asked, and what it measured of its graph. */
+export interface Question {
+  prompt: string;
+  answer: string;
+  instead: string;
+  contrast: string[];
+  how: string;
+  metric: string;
+  clean: number;
+  corrupt: number;
+  faithfulness: number;
+  low: number | null;
+  high: number | null;
+  left: number;
+  explains: boolean;
+  says: string;
+  p: Record<string, number>;
+  losses: Record<string, number>;
+  of: number;
+}
+
+export interface Circuit {
+  name: string;
+  title: string;
+  evidence: string;
+  edges_in_all: number;
+  question: Question | null;
+  tokens: string[];
+  nodes: CircuitNode[];
+  edges: CircuitEdge[];
+  about: Record<string, unknown>;
+  code: string;
+  exact: string;
+}
+
+export interface Circuits {
+  graphs: Circuit[];
+  left_out: Record<string, string>;
+}
+
 export interface Data {
   format: number;
   about: Record<string, unknown>;
@@ -113,6 +171,7 @@ export interface Data {
   patterns: Prompt[];
   readouts: Record<string, Record<string, Readout[]>>;
   tradeoffs: Tradeoffs | null;
+  circuits: Circuits | null;
 }
 
 /** anywidget's front-end model: the only thing a view is given beside its element. */

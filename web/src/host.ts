@@ -2,7 +2,7 @@
 // "#L5.H1" is a link to a head; "#L5.H1&colour=induction&view=table" is one with the rest of the state.
 import type { Model } from "./data";
 
-const PLAIN: Record<string, unknown> = { colour: "roles", side: "query", token: -1, view: "grid", role: "", dot: "", quality: "kept" };
+const PLAIN: Record<string, unknown> = { colour: "roles", side: "query", token: -1, view: "grid", role: "", dot: "", quality: "kept", graph: "", edges: 0, node: "" };
 
 export function readHash(hash: string): Record<string, unknown> {
   const [unit, ...rest] = hash.replace(/^#/, "").split("&");
@@ -14,6 +14,7 @@ export function readHash(hash: string): Record<string, unknown> {
     const key = pair.slice(0, cut);
     const value = decode(pair.slice(cut + 1));
     if (key === "token") state.token = Number.isInteger(Number(value)) ? Number(value) : -1;
+    else if (key === "edges") state.edges = Number.isInteger(Number(value)) ? Number(value) : 0;
     else if (key in PLAIN || key === "prompt") state[key] = value;
   }
   return state;

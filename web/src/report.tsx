@@ -1,5 +1,6 @@
 // The report page: map, card and pattern around one selected head.
 import { Card } from "./card";
+import { CircuitPanel } from "./circuit";
 import { HeadMap } from "./grid";
 import { pageModel } from "./host";
 import { mountable } from "./mount";
@@ -17,6 +18,7 @@ function Report({ state }: { state: State }) {
       <main class="hw-page">
         <div class="hw-left">
           <HeadMap state={state} />
+          <CircuitPanel state={state} />
           <TradeoffsPanel state={state} />
           <Spread state={state} />
           <PatternPanel state={state} />

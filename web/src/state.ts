@@ -15,6 +15,9 @@ export interface State {
   role: Signal<string>;
   dot: Signal<string>;
   quality: Signal<string>;
+  graph: Signal<string>;
+  edges: Signal<number>;
+  node: Signal<string>;
   hover: Signal<string>;
   over: Signal<string>;
   source: Signal<string>;
@@ -22,7 +25,7 @@ export interface State {
   stop: () => void;
 }
 
-const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role", "dot", "quality"] as const;
+const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role", "dot", "quality", "graph", "edges", "node"] as const;
 
 /** A proved head where there is one, in the order of roles. */
 export function firstHead(data: Data): string {
@@ -43,6 +46,9 @@ export function createState(model: Model): State {
     role: "",
     dot: "",
     quality: "kept",
+    graph: "",
+    edges: 0,
+    node: "",
   };
   const valid: Partial<Record<string, (value: any) => boolean>> = {
     unit: (value) => place.has(value),
@@ -52,6 +58,8 @@ export function createState(model: Model): State {
     view: (value) => value === "grid" || value === "table",
     dot: (value) => data.tradeoffs?.dots.some((one) => one.key === value) ?? false,
     quality: (value) => value in QUALITIES,
+    graph: (value) => data.circuits?.graphs.some((one) => one.name === value) ?? false,
+    edges: (value) => Number.isInteger(value) && value >= 0,
   };
   const read = (key: (typeof SHARED)[number]) => {
     const value = model.get(key);

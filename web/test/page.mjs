@@ -10,7 +10,7 @@ import { executable, flags } from "./browser.mjs";
 const [report, shots] = process.argv.slice(2);
 const address = pathToFileURL(resolve(report)).href;
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, tradeoffs: {}, widgets: {}, size: {} };
+const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, tradeoffs: {}, circuit: {}, widgets: {}, size: {} };
 
 const browser = await chromium.launch({ executablePath: executable(), args: flags });
 
@@ -148,13 +148,74 @@ async function tradeoffs() {
   await page.close();
 }
 
+/** The circuit by pointer, by key, by slider and by link. */
+async function circuit() {
+  const page = await open({}, "#L5.H1&graph=why-mary-john-0a1b2c");
+  const at = found.circuit;
+  const graph = page.locator(".hw-circuit-graph");
+  const slider = page.locator(".hw-threshold input");
+  const lines = () => graph.locator("[data-edge]").evaluateAll((all) => new Set(all.map((one) => one.dataset.edge)).size);
+  at.edges = await lines();
+  at.says = await page.locator(".hw-threshold output").textContent();
+  at.stops = await graph.locator('[tabindex="0"]').count();
+  at.verdict = await page.locator(".hw-verdict-line").textContent();
+  await slider.focus();
+  await page.keyboard.press("Home");
+  at.one = await lines();
+  await page.keyboard.press("End");
+  at.all = await lines();
+  await slider.fill("12");
+  at.few = await lines();
+  at.address = new URL(page.url()).hash;
+  await graph.locator('[data-place="logits"]').focus();
+  at.walk = [];
+  for (const key of ["ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp"]) {
+    await page.keyboard.press(key);
+    at.walk.push(await page.evaluate(() => document.activeElement?.getAttribute("data-place")));
+  }
+  at.label = await graph.locator('[data-place="logits"]').getAttribute("aria-label");
+  await page.keyboard.press("ArrowDown");
+  at.before = await page.evaluate(() => document.activeElement?.getAttribute("data-place"));
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => document.activeElement?.tagName === "H3");
+  at.heading = await page.locator(".hw-circuit .hw-numbers h3").textContent();
+  at.numbers = await page.locator(".hw-circuit .hw-numbers").textContent();
+  at.picked = new URL(page.url()).hash;
+  await page.locator(".hw-circuit .hw-ends .hw-link").first().click();
+  at.edge = await page.locator(".hw-circuit .hw-numbers h3").textContent();
+  await page.locator(".hw-circuit summary").filter({ hasText: "Workbench" }).click();
+  at.code = await page.locator(".hw-circuit .hw-code code").textContent();
+  await page.getByRole("button", { name: "Every number shown" }).click();
+  at.bench = await page.locator(".hw-circuit .hw-code code").textContent();
+  await page.locator(".hw-circuit .hw-numbers").getByRole("button", { name: "Close" }).click();
+  at.closed = await page.locator(".hw-circuit .hw-numbers").count();
+  await page.locator(".hw-circuit summary").filter({ hasText: "as a table" }).click();
+  at.rows = await page.locator(".hw-circuit .hw-scroll tbody tr").count();
+  await page.locator(".hw-circuit select").selectOption("ioi");
+  at.other = new URL(page.url()).hash;
+  at.task = await lines();
+  await page.mouse.move(0, 0);
+  // A line in a free place: its middle is on nothing else.
+  at.pressed = await page.evaluate(() => {
+    const edge = document.querySelector(".hw-circuit-graph [data-edge]");
+    edge.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    return edge.dataset.edge;
+  });
+  at.opened = new URL(page.url()).hash;
+  await page.evaluate(() => { location.hash = "#L5.H1&graph=why-mary-john-0a1b2c&edges=7&node=logits"; });
+  await page.waitForFunction(() => document.querySelector(".hw-circuit .hw-numbers h3")?.textContent === "logits");
+  at.linked = await lines();
+  at.out = await page.locator(".hw-circuit details").last().textContent();
+  await page.close();
+}
+
 /** The widgets' modules, loaded as a notebook loads them: from a blob, with a model of the notebook's own. */
 async function widgets() {
   const data = JSON.parse(readFileSync(report, "utf8").match(/id="headwise-data">(.*?)<\/script>/s)[1]);
   const folder = join(dirname(fileURLToPath(import.meta.url)), "..", "..", "headwise", "view", "static");
   const page = await browser.newPage();
   page.on("pageerror", (error) => found.errors.push(String(error)));
-  for (const name of ["headmap", "headcard", "patternview", "tradeoffview"]) {
+  for (const name of ["headmap", "headcard", "patternview", "tradeoffview", "circuitview"]) {
     const source = readFileSync(join(folder, `${name}.js`), "utf8");
     found.widgets[name] = await page.evaluate(async ([source, data]) => {
       const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
@@ -173,13 +234,15 @@ async function widgets() {
       const wait = () => new Promise((done) => setTimeout(done, 150));
       await wait();
       el.querySelector('[data-unit="L2.H3"]')?.click();
+      el.querySelector('[data-place="logits"]')?.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+      const node = state.node;
       const picked = state.unit;
       state.unit = "L7.H4";
       heard["change:unit"].forEach((callback) => callback());
       await wait();
       const followed = el.querySelector("h2")?.textContent + " " + (el.querySelector('[aria-selected="true"]')?.dataset.unit ?? "");
       stop();
-      return { picked, followed, saved, left: el.childElementCount, heard: Object.values(heard).flat().length };
+      return { picked, node, followed, saved, left: el.childElementCount, heard: Object.values(heard).flat().length };
     }, [source, data]);
   }
   await page.close();
@@ -191,6 +254,7 @@ try {
   await links();
   await pattern();
   await tradeoffs();
+  await circuit();
   const looks = [
     ["roles", "light", ""],
     ["roles", "dark", ""],
@@ -199,11 +263,13 @@ try {
     ["table", "light", "#L4.H7&view=table&colour=entropy_change"],
     ["plan", "light", "#L5.H1&dot=0.4%2Fplan"],
     ["plan", "dark", "#L5.H1&dot=0.2%2Fplan&quality=nll"],
+    ["circuit", "light", "#L5.H1&graph=why-mary-john-0a1b2c&node=logits"],
+    ["circuit", "dark", "#L5.H1&graph=ioi&edges=120"],
   ];
   for (const [name, colorScheme, hash] of looks) {
     const page = await open({ colorScheme, reducedMotion: "reduce" }, hash);
     await page.waitForTimeout(150);
-    for (const summary of await page.locator(".hw-card > details > summary, .hw-tradeoffs > details > summary").all()) await summary.click();
+    for (const summary of await page.locator(".hw-card > details > summary, .hw-tradeoffs > details > summary, .hw-circuit > details > summary").all()) await summary.click();
     await check(page, `${name}-${colorScheme}`);
     await page.close();
   }
