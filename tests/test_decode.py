@@ -1,7 +1,6 @@
 """The decode room: with drafts a model generates what it generates alone, whatever drafts, cache and batch."""
 
 import random
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -46,6 +45,7 @@ METHODS = {
     "prompt_lookup": D.PromptLookup(),
     "head_copying": D.HeadCopying(heads=("L0.H1", "L1.H2"), least=0.0),
     "either": D.Either(D.CopySpec(gamma=3), D.HeadCopying(heads=("L1.H0",), least=0.1)),
+    "paced": D.Paced(D.Either(D.CopySpec(gamma=2, tokens=16), D.HeadCopying(heads=("L1.H0",), least=0)), most=16),
 }
 
 
@@ -158,6 +158,46 @@ def test_every_cache_generates_its_own_tokens(name: str, cache: str, rows: int) 
                 assert found.stats.per_pass > 1.1
         for method in METHODS.values():
             assert torch.equal(method.generate(model, inputs["input_ids"], **options(inputs)).ids, right)
+
+
+def test_prompts_may_be_read_in_chunks() -> None:
+    model = FAMILIES["llama"].build()
+    for cache in ("dynamic", "preallocated", "streaming"):
+        for rows in (1, 4):
+            inputs = prompts("llama", rows)
+            with entered(model, CACHES[cache]):
+                right = plain(model, inputs, prefill_chunk_size=5)
+                assert torch.equal(guessed(model, inputs, right, True, prefill_chunk_size=5).ids, right)
+                for method in METHODS.values():
+                    how = options(inputs, prefill_chunk_size=5)
+                    assert torch.equal(method.generate(model, inputs["input_ids"], **how).ids, right)
+
+
+def test_drafts_grow_while_they_are_accepted_and_fall_when_not() -> None:
+    model, inputs = FAMILIES["llama"].build(), prompts("llama", 1)
+    right = plain(model, inputs, tokens=60)[0, inputs["input_ids"].shape[1] :].tolist()
+    sent: list[int] = []
+
+    class Knows(_Says):
+        def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
+            self.said = 0
+
+        def accept(self, news: Mapping[int, News], read: Reading) -> None:
+            self.said += len(news[0].tokens)
+            sent.append(len(news[0].tokens) - 1)
+
+        def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
+            good = right[self.said : self.said + 40]
+            return {0: Draft(good if self.said < 30 else [token ^ 1 for token in good])}
+
+    class Method(DraftMethod):
+        def drafter(self, model: PreTrainedModel) -> Drafter:
+            return Knows(Draft([]))
+
+    paced = D.Paced(Method(), start=2, least=1, most=16)
+    found = paced.generate(model, inputs["input_ids"], **options(inputs, tokens=60))
+    assert found.ids[0, inputs["input_ids"].shape[1] :].tolist() == right
+    assert sent[:5] == [0, 2, 4, 8, 16] and found.stats.drafted <= 2 + 4 + 8 + 16 + 16 + 30
 
 
 def test_rows_of_a_batch_are_what_they_are_alone_and_do_not_wait() -> None:
@@ -476,6 +516,10 @@ def test_bad_requests_are_answered_in_sentences() -> None:
         D.HeadCopying(heads=("L7.H0",)).generate(model, ids, max_new_tokens=3)
     with pytest.raises(ValueError, match="'copyspec' does not draft"):
         D.Either("copyspec", copy)
+    with pytest.raises(ValueError, match="'copyspec' does not draft"):
+        D.Paced("copyspec")
+    with pytest.raises(ValueError, match="least is 3, start 2, most 24"):
+        D.Paced(copy, start=2, least=3)
     with pytest.raises(ValueError, match="max_new_tokens is 0; allowed is 1 or more"):
         copy.generate(model, ids, max_new_tokens=0)
     with pytest.raises(ValueError, match=r"The prompt has the shape \[1, 0\]"):
@@ -517,18 +561,3 @@ def test_rules_read_eos_and_length_from_the_criteria() -> None:
     walk = rules.walk(known[0], 0, Draft([3, 4, 7]), line)
     assert walk.tokens == [3, 4, 5] and walk.path == [0, 1] and walk.why == DIFFERS and not walk.stopped
     assert rules.walk(known[0], 3, Draft([]), line).stopped and line.room == 0
-
-
-def test_requests_are_made_again_by_their_seed() -> None:
-    from headwise.data.requests import COPYING, OPEN, copying, open_ended
-
-    tokenizer = hw.data.Planted().build(seed=0).tokenizer
-    began = time.perf_counter()
-    for make, kinds in ((copying, COPYING), (open_ended, OPEN)):
-        first = make(tokenizer, 50, 3)
-        assert first == make(tokenizer, 50, 3) != make(tokenizer, 50, 4)
-        assert {one.kind for one in first} == set(kinds) and all(one.ids for one in first)
-        assert len({one.turns for one in first}) == 50
-    assert time.perf_counter() - began < 30
-    with pytest.raises(ValueError, match="0 prompts were asked for"):
-        copying(tokenizer, 0)
