@@ -347,7 +347,6 @@ def small_config(width: int, layers: int, reach: int) -> MistralConfig:
     heads = max(1, width // 64)
     while width % heads or (width // heads) % 2:
         heads -= 1
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
-    return MistralConfig(
-        vocab_size=1, num_attention_heads=heads, num_key_value_heads=heads, sliding_window=reach, **sizes
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "vocab_size": 1}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return MistralConfig(num_attention_heads=heads, num_key_value_heads=heads, sliding_window=reach, **sizes, **ends)

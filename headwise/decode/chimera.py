@@ -105,4 +105,6 @@ _SHARED = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "bos_token_id",
+    "eos_token_id",
 )
