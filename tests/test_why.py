@@ -1,20 +1,23 @@
 """Why: the planted reason is found from one prompt; several tokens, made-up contrasts, and sentences for bad input."""
 
 import json
+import re
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from headwise import cli, models
+from headwise.atlas import Atlas
 from headwise.data import Planted, Successor
 from headwise.graph import Graph
+from headwise.view.circuits import circuits
 from headwise.why import Why
 
 PROMPT = "When Mary and John left the park, John gave a ring to"
 KEYS = {
     "prompt", "answer", "instead", "tokens", "contrast", "how", "metric", "clean", "corrupt", "faithfulness", "left",
-    "explains", "p", "losses", "says", "of", "nodes", "edges", "about",
+    "explains", "p", "losses", "says", "unseen", "of", "nodes", "edges", "about",
 }  # fmt: skip
 
 
@@ -34,6 +37,8 @@ def test_the_planted_reason_is_found(planted):
     assert reason.metric == "logit difference" and reason.worth.clean > 10 > -10 > reason.worth.corrupt
     assert {at["name mover"], "logits"} <= set(reason.graph.nodes)
     assert reason.worth.faithfulness == pytest.approx(1, abs=0.2) and len(reason.graph) < 20
+    assert reason.unseen[0].startswith("the exchanged prompt") and reason.unseen[1] == pytest.approx(1, abs=0.3)
+    assert "had no say in choosing it" in reason.tested()
     assert reason.named("embed@2") == "Mary@2" and reason.named("L0.H1") == "L0.H1"
     assert set(reason.data()) == KEYS and reason.data()["edges"][0]["target"]
     assert json.dumps(reason.data(), default=str)
@@ -43,6 +48,7 @@ def test_your_own_contrast(planted):
     other = PROMPT.replace("John gave", "Paul gave")
     reason = ask(planted, PROMPT, "Mary", "John", other)
     assert reason.how == "given" and "Paul gave" in reason.contrast[0]
+    assert reason.unseen is None and "on the prompt that chose the graph" in reason.tested()
     assert reason.worth.faithfulness > 0.8
 
 
@@ -53,6 +59,7 @@ def test_a_contrast_is_made_up_where_no_name_can_be_exchanged(planted):
     assert answer not in prompt and foil not in prompt
     reason = ask(planted, prompt, answer, foil)
     assert reason.how == "random" and len(reason.contrast) == 3
+    assert reason.unseen[0].startswith("other random tokens") and reason.unseen[1] > 0.5
     assert reason.worth.faithfulness > 0.8 and reason.worth.corrupt < 0.5 * reason.worth.clean
 
 
@@ -106,13 +113,41 @@ def test_bad_fields_are_sentences(planted):
         Why().ask(planted.model, None, PROMPT, "Mary", "John")
 
 
+def test_a_kept_graph_holds_the_question_and_its_numbers(planted, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "open_model", lambda _name: (planted.model, planted.tokenizer))
+    reason = ask(planted, PROMPT, "Mary", "John")
+    assert reason.name.startswith("why-mary-john-") and len(reason.name) == len("why-mary-john-") + 6
+    atlas = Atlas.of(planted.model, tmp_path / "planted")
+    atlas.add_graph(reason.name, reason.kept())
+    held = atlas.graph(reason.name)
+    asked = held.about["why"]
+    assert held.table.equals(reason.graph.table) and asked["prompt"] == PROMPT
+    assert asked["faithfulness"] == reason.worth.faithfulness and asked["losses"] == reason.worth.losses
+    shown = circuits(atlas)["graphs"][0]
+    assert shown["title"] == "Mary, not John" and shown["tokens"][2].strip() == "Mary"
+    known: dict = {}
+    exec(shown["code"], known)
+    edge = shown["edges"][0]
+    assert known["graph"][edge["source"], edge["target"]] == pytest.approx(edge["weight"], rel=1e-3)
+    exact = shown["exact"].replace("SOURCE", repr(edge["source"])).replace("TARGET", repr(edge["target"]))
+    exec(exact.replace("print(", "found = ("), known)
+    assert known["found"] == pytest.approx(edge["weight"], abs=0.6 * abs(edge["weight"]))
+
+
 def test_the_command(planted, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "open_model", lambda *_args, **_options: (planted.model, planted.tokenizer))
     words = ["why", "default", PROMPT, "--answer", "Mary", "--instead", "John", "--draws", "0"]
     shown = CliRunner().invoke(cli.app, [*words, "-o", str(tmp_path / "g.parquet")])
     assert shown.exit_code == 0 and "'Mary' instead of 'John': logit difference" in shown.stdout
     assert "explain the behaviour" in shown.stdout and "logits" in shown.stdout
     assert len(Graph.load(tmp_path / "g.parquet")) > 2
+    said = re.search(r"Circuit view: (\S+)#&graph=(why-mary-john-\w+)", shown.stdout)
+    page = (tmp_path / said[1]).read_text()
+    assert said[2] in page and Atlas((tmp_path / said[1]).parent).graphs().keys() == {said[2]}
+    before = (tmp_path / said[1]).stat().st_mtime_ns
+    quiet = CliRunner().invoke(cli.app, [*words, "--no-view"])
+    assert "Circuit view" not in quiet.stdout and (tmp_path / said[1]).stat().st_mtime_ns == before
     held = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).stdout)
     assert set(held) == KEYS
     wrong = CliRunner().invoke(cli.app, [*words[:5], "John", "--instead", "John"])

@@ -79,8 +79,7 @@ class ObservablePropagation(Replication):
         best = size.topk(10).indices.tolist()
         inside = [float(np.corrcoef(single[0][i], single[1][i])[0, 1]) for i in best]
         names = [name for name in reader.maps if ">" in name]
-        pairs = [pair_contribution(model, reader, held, name) for name in names]
-        guess, real = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
+        guess, real = pair_contributions(weights, reader, held, names)
         return {
             "single": float(np.corrcoef(single[0].flatten(), single[1].flatten())[0, 1]),
             "inside_best": float(np.median(inside)),
@@ -195,29 +194,30 @@ def predicted(model: PreTrainedModel, reader: Reader, batch: Batch) -> dict[str,
 
 
 @torch.no_grad()
-def pair_contribution(model: PreTrainedModel, reader: Reader, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
-    """[B] predicted and actual contribution of "L2.H3>L5.H1": the second head's pattern over the first head's output.
+def pair_contributions(weights: Weights, reader: Reader, batch: Batch, names: list[str]) -> tuple[Tensor, Tensor]:
+    """[pairs, B] predicted and actual contributions of "L2.H3>L5.H1": one head's pattern over another head's output.
 
     Actual is what the first head wrote on each prompt, through the second's weights, under the norms' own scales.
     """
-    first, second = name.split(">")
-    (one, i), (two, j) = (part.split(".H") for part in (first, second))
-    weights, rows = Weights(model), torch.arange(len(batch))
+    model, rows, at = weights.model, torch.arange(len(batch)), batch.at[:, 0]
     last = f"L{max(weights.layers)}.resid_post"
-    with tap(model, f"{one}.pattern", f"{two}.pattern", f"{one}.z", "resid_pre", last) as t:
+    with tap(model, "pattern", "z", "resid_pre", last) as t:
         model.base_model(**batch.inputs)
-    at = batch.at[:, 0]
-    behind = t[f"{two}.pattern"][rows, int(j), at].float()
-    before = t[f"{one}.pattern"][:, int(i)].float()
-    guess = torch.einsum("bm,bmk,bk->b", behind, before, reader[name](t[f"{one}.resid_pre"])[..., 0])
-    number, layer = int(one[1:]), int(two[1:])
-    wrote = t[f"{one}.z"][:, :, int(i)].float() @ weights.o(number, int(i))
-    norm = weights.pre_norm(layer)
-    ov = weights.ov(layer, int(j))
+    end = weights.final.scale(t[last][rows, at])[:, 0]
     toward = weights.readout[reader.found["plus"][0]] - weights.readout[reader.found["minus"][0]]
-    read = (wrote / norm.scale(t[f"{two}.resid_pre"])) @ (ov.A @ (ov.B @ toward))
-    actual = (behind * read).sum(-1) / weights.final.scale(t[last][rows, at])[:, 0]
-    return guess, actual
+    scales = {n: weights.pre_norm(n).scale(t[f"L{n}.resid_pre"]) for n in weights.layers}
+    guesses, actual = [], []
+    for name in names:
+        (one, i), (two, j) = (part.split(".H") for part in name.split(">"))
+        number, layer = int(one[1:]), int(two[1:])
+        behind = t[f"{two}.pattern"][rows, int(j), at].float()
+        before = t[f"{one}.pattern"][:, int(i)].float()
+        guesses.append(torch.einsum("bm,bmk,bk->b", behind, before, reader[name](t[f"{one}.resid_pre"])[..., 0]))
+        ov = weights.ov(layer, int(j))
+        reach = weights.o(number, int(i)) @ (ov.A @ (ov.B @ toward))
+        read = (t[f"{one}.z"][:, :, int(i)].float() @ reach) / scales[layer][..., 0]
+        actual.append((behind * read).sum(-1) / end)
+    return torch.stack(guesses), torch.stack(actual)
 
 
 def _probe(inside: Tensor, sign: Tensor) -> Tensor:

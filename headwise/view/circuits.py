@@ -77,7 +77,7 @@ def _node(place: str, tokens: list[str]) -> dict[str, Any]:
         return {"name": place, "kind": "logits", "layer": None, "label": "logits", "order": 0}
     if place.startswith("embed"):
         column = int(place[6:]) if "@" in place else -1
-        token = tokens[column] if 0 <= column < len(tokens) else "(answer)" if column >= 0 and tokens else place
+        token = "tokens" if column < 0 else tokens[column] if column < len(tokens) else "(answer)" if tokens else place
         return {"name": place, "kind": "token", "layer": None, "label": token, "order": column}
     layer = written_at(place) // 2
     if place.endswith(".mlp"):

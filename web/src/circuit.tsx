@@ -149,7 +149,7 @@ function NodeFacts({ state, graph, node, shown, pick }: { state: State; graph: C
   return (
     <>
       {head && <p>{head.sentence}</p>}
-      {graph.question && <p>{loss === undefined ? "What the graph loses without it was not measured." : `Without it the graph loses ${percent(loss)} of the difference.`}</p>}
+      {graph.question && node.kind !== "logits" && <p>{loss === undefined ? "What the graph loses without it was not measured." : `Without it the graph loses ${percent(loss)} of the difference.`}</p>}
       <div class="hw-ends">
         <Ends graph={graph} edges={reads} shown={shown} title="Reads" pick={pick} name={(edge) => `${placeName(graph, edge.source)}${edge.target.split(".")[2] ? ` (${edge.target.split(".")[2]})` : ""}`} />
         <Ends graph={graph} edges={writes} shown={shown} title="Is read by" pick={pick} name={(edge) => edge.target} />

@@ -81,7 +81,8 @@ const AIR = 7;
 
 const textOf = (node: CircuitNode) => {
   const text = node.kind === "token" ? visible(node.label) : node.label;
-  return text.length > 11 ? `${text.slice(0, 10)}\u2026` : text;
+  // No ellipsis: what is seen must stand in what is read out.
+  return text.slice(0, 11);
 };
 
 /** Tokens below, logits above, a row for every layer that has a place; in a row, each near what it reads. */

@@ -89,7 +89,7 @@ async function pattern() {
   found.pattern.moved = await page.locator('.hw-token[aria-selected="true"]').getAttribute("data-at");
   found.pattern.weight = await page.locator(".hw-token").nth(0).getAttribute("aria-label");
   await page.getByText("The same in Python").click();
-  found.pattern.code = await page.locator(".hw-code code").textContent();
+  found.pattern.code = await page.locator(".hw-card .hw-code code").textContent();
   await page.close();
 }
 
