@@ -105,7 +105,9 @@ class Claim:
         """The claim in words."""
         held = list(dict.fromkeys(r.step for r in self.rungs if r.passed))
         if self.verdict == "proved":
-            return f"{self.unit} {self.role}: proved ({', '.join(s for s in held if s in ('needed', 'enough'))})"
+            return (
+                f"{self.unit} {self.role}: proved ({', '.join(s for s in held if s in ('needed', 'enough', 'grown'))})"
+            )
         if self.verdict == "refuted":
             return f"{self.unit} looks like {self.role}, but does no better than random heads: refuted"
         return f"{self.unit} {self.role}: unknown ({', '.join(held) or 'nothing'} holds)"

@@ -223,26 +223,29 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 PATTERNS = ("previous", "self", "first", "uniform", "none")
 
 
+def _plain(name: str, live: Tensor) -> Tensor:
+    """A pattern [Tq, Tk] that needs no meaning, for a value [..., Tq, Tk]."""
+    queries, keys = live.shape[-2:]
+    eye = torch.eye(keys, device=live.device, dtype=live.dtype)
+    if name == "first":
+        eye = torch.zeros_like(eye).index_fill_(1, torch.tensor([0], device=live.device), 1.0)
+    elif name == "none":
+        eye = torch.zeros_like(eye)
+    elif name == "uniform":
+        eye = torch.ones_like(eye).tril()
+        eye = eye / eye.sum(-1, keepdim=True)
+    elif name == "previous":
+        eye = torch.cat([eye[:1], eye[:-1]])
+    return eye[keys - queries :]
+
+
 @dataclass(frozen=True)
 class _Pattern:
     name: str
 
     def __call__(self, live: Tensor, scene: Scene) -> Tensor:
-        queries, keys = live.shape[-2:]
-        eye = torch.eye(keys, device=live.device, dtype=live.dtype)[keys - queries :]
-        if self.name == "self":
-            return eye
-        if self.name == "first":
-            return torch.zeros_like(eye).index_fill_(1, torch.tensor([0], device=live.device), 1.0)
-        if self.name == "none":
-            return torch.zeros_like(eye)
-        if self.name == "uniform":
-            seen = torch.ones_like(eye).tril(keys - queries)
-            return seen / seen.sum(-1, keepdim=True)
-        if self.name == "previous":
-            moved = eye.roll(-1, 1)
-            moved[:, -1] = 0
-            return torch.where(moved.sum(-1, keepdim=True) > 0, moved, eye)
+        if self.name in PATTERNS:
+            return _plain(self.name, live)
         cells = scene.cell(self.name).to(live.dtype)[:, None]
         count = cells.sum(-1, keepdim=True)
         return torch.where(count > 0, cells / count.clamp_min(1), live)
@@ -285,6 +288,8 @@ class _Value:
         source = scene.seen[self.site]
         if not self.along:
             return source
+        if self.along in PATTERNS:
+            return _plain(self.along, source.new_empty(source.shape[1], source.shape[1])) @ source
         cells = scene.cell(self.along).to(source.dtype)
         count = cells.sum(-1, keepdim=True)
         return torch.where(count > 0, (cells / count.clamp_min(1)) @ source, source)
@@ -295,7 +300,8 @@ def value_of(site: str, along: str = "") -> Value:
 
     Args:
         site: of the residual stream, [B, T, D].
-        along: a cell of the lesson: positions that have such a cell get the value of the position it points at.
+        along: "previous" and the other patterns: every position gets the value of what it would look at; or a cell of
+            the lesson: positions that have such a cell do, the others keep their own.
     """
     return _Value(site, along)
 

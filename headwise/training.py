@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -354,7 +354,7 @@ class _Loop:
     def _keep(self, last: bool = False) -> None:
         """State, model, tape and atlas of this step. The state comes last: what it promises is there."""
         self._leave()
-        folder, step = self.folder, self.state.step
+        folder, step = cast(Path, self.folder), self.state.step
         source = self._save_model()
         self.state.tape.save(folder / "tape.parquet", {"seed": self.seed, "lesson": type(self.lesson).__name__})
         scores = self._scores()
@@ -369,7 +369,7 @@ class _Loop:
         resume.save(folder / "state.safetensors", self.model, self.optimiser, self.state, self.asked)
 
     def _save_model(self) -> Path:
-        target = self.folder / "checkpoints" / f"step={self.state.step}"
+        target = cast(Path, self.folder) / "checkpoints" / f"step={self.state.step}"
         with quiet():
             self.model.save_pretrained(target)
         return target

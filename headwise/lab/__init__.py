@@ -2,7 +2,7 @@
 
 The parts that experiments are made of are names of this room too: `Tiny`, `TinyConfig`; `train`, `Training`, `Run`,
 `measure`; `Edit`, `Pass`, `pattern`, `scale`, `value_of`, `copied`, `frozen`, `holding`; `Reset`, `Switch`; `steps`,
-`every`, `after`; `Lesson`.
+`every`, `after`; `Lesson`, `Experiment`, `Condition`, `compare`.
 """
 
 import importlib
@@ -17,6 +17,10 @@ _PARTS = {
     **dict.fromkeys(("Edit", "Pass", "Scene", "copied", "frozen", "holding", "pattern", "scale", "value_of"), "edits"),
     **dict.fromkeys(("Reset", "Switch"), "resets"),
     **dict.fromkeys(("always", "steps", "every", "after"), "schedule"),
+    **dict.fromkeys(("Comparison", "Condition", "compare"), "comparison"),
+    "Experiment": "experiment",
+    "grown_claims": "growth",
+    "EditCallback": "trainer_callback",
     "Tape": "tape",
 }
 _experiment, _experiments, _names = room_exports(__name__, __file__)

@@ -1,0 +1,139 @@
+"""The commands of the lab: ls, run, compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headwise.terminal import print_json, print_table, say, sentences, tell
+
+if TYPE_CHECKING:
+    from headwise.experiment import Experiment
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+lab_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Train small models and hold parts of them: experiments of the lab.",
+)
+
+
+@lab_app.command("ls")
+def list_experiments(as_json: AsJson = False) -> None:
+    """List the experiments and their conditions."""
+    with sentences():
+        from headwise.method import catalogue
+
+        rows = [
+            {**card.brief(), "summary": card.summary, "conditions": list(one.conditions()), "seeds": list(one.seeds)}
+            for card in catalogue("lab")
+            if (one := _experiment(card.name)) is not None
+        ]
+        if as_json:
+            print_json(rows)
+            return
+        table = [(row["name"].split(".")[1], row["seed"], row["summary"], "; ".join(row["conditions"])) for row in rows]
+        print_table(("experiment", "row", "what it does", "conditions"), table, stretch=(2, 3))
+
+
+@lab_app.command("run")
+def run_experiment(
+    name: Annotated[str, typer.Argument(help="An experiment, such as clamped_induction.")],
+    seeds: Annotated[int | None, typer.Option(help="How many seeds. [default: the experiment's own]", min=1)] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this condition; several times for several.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. [default: lab/<experiment>]")] = None,
+    processes: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    full: Annotated[bool, typer.Option("--full", help="As large as in the paper.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train all conditions with paired seeds. The same command goes on where it was stopped."""
+    with sentences():
+        one = _found(name, full)
+        first = one.seeds[0]
+        chosen = one.seeds if seeds is None else tuple(range(first, first + seeds))
+        folder = out or Path("lab") / name.split(".")[-1]
+        tell(f"Training {', '.join(only or one.conditions())} with the seeds {', '.join(map(str, chosen))} ...")
+        found = one.run(chosen, folder, only, processes)
+        rows = one.summary(found)
+        if as_json:
+            print_json({"experiment": name, "folder": str(folder), "goal": list(one.goal), "conditions": rows})
+            return
+        _print(rows, one.goal)
+        say(f"Runs: {folder}")
+
+
+@lab_app.command("compare")
+def compare_runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of an experiment that was run.")],
+    metric: Annotated[str, typer.Option(help="What was measured, such as loss or accuracy.")] = "loss",
+    below: Annotated[float | None, typer.Option(help="Done is: below this.")] = None,
+    above: Annotated[float | None, typer.Option(help="Done is: above this.")] = None,
+    split: Annotated[str, typer.Option(help="The prompts it was measured on.")] = "train",
+    as_json: AsJson = False,
+) -> None:
+    """How soon each condition was done, against the first, seed by seed."""
+    with sentences():
+        from dataclasses import asdict
+
+        from headwise.comparison import Comparison
+
+        found = Comparison.load(folder)
+        if below is None and above is None:
+            below = 0.1
+        last = found.last(metric, split)
+        rows = [
+            {**asdict(one), "condition": one.name, "sooner": one.ratio, metric: last[one.name]}
+            for one in found.time_to(metric, below=below, above=above, split=split)
+        ]
+        if as_json:
+            print_json(rows)
+            return
+        goal = (metric, "below" if below is not None else "above", below if below is not None else above)
+        _print(rows, goal, value=metric)
+
+
+def _experiment(name: str, full: bool = False) -> "Experiment | None":
+    """An experiment of the room; None for what only stands beside them, such as a theory."""
+    from headwise.experiment import Experiment
+    from headwise.method import load
+
+    cls = load(name)
+    return cls(full=full) if issubclass(cls, Experiment) else None
+
+
+def _found(name: str, full: bool) -> "Experiment":
+    from headwise.method import catalogue, find
+
+    names = [card.name.split(".")[1] for card in catalogue("lab") if _experiment(card.name) is not None]
+    if name.split(".")[-1] not in names:
+        import difflib
+
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"There is no experiment {name!r}.{hint} All of them: {', '.join(names)}.")
+    one = _experiment(find(f"lab.{name.split('.')[-1]}").name, full)
+    assert one is not None
+    return one
+
+
+def _print(rows: list[dict[str, Any]], goal: tuple, value: str = "loss") -> None:
+    def number(x: Any) -> str:
+        return "-" if x is None or x != x else "never" if x == float("inf") else f"{x:.3g}"
+
+    table = [
+        (
+            row["condition"],
+            number(row["median"]),
+            number(row["sooner"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+            f"{row['wins']} of {len(row['times'])}",
+            number(row[value]),
+        )
+        for row in rows
+    ]
+    print_table(("condition", "steps", "times sooner", "95 % interval", "seeds sooner", f"last {value}"), table)
+    say(
+        f"Steps until {goal[0]} is {goal[1]} {goal[2]:.3g}, median over seeds; times sooner than "
+        f"{rows[0]['condition']!r}."
+    )

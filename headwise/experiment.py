@@ -1,0 +1,75 @@
+"""Experiment: conditions under which small models are trained with paired seeds, as one file of the lab room."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from headwise.comparison import Comparison, Condition, compare
+from headwise.method import Method
+
+
+@dataclass(frozen=True)
+class Experiment(Method):
+    """Base of the lab room.
+
+    Fields:
+        full: as large as in the paper, for hours instead of minutes.
+
+    Class attributes:
+        goal: (metric, "below" or "above", bound): when a run is said to be done.
+        seeds: that are used by default.
+    """
+
+    full: bool = False
+
+    goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 0.1)
+    seeds: ClassVar[tuple[int, ...]] = (5, 6, 7)
+
+    def conditions(self) -> dict[str, Condition]:
+        """Everything that is trained, by name; the first is what the others are compared with."""
+        raise TypeError(f"{type(self).__name__} does not say what is trained.")
+
+    def run(
+        self,
+        seeds: "Sequence[int] | None" = None,
+        folder: "Path | str | None" = None,
+        only: "Sequence[str] | None" = None,
+        processes: int = 1,
+    ) -> Comparison:
+        """Train its conditions, or some of them.
+
+        Args:
+            seeds: by default the experiment's own.
+            folder: where runs are kept; what is there already goes on.
+            only: names of conditions, in the order of comparison.
+            processes: runs at a time.
+
+        Raises:
+            ValueError: a condition that there is not.
+        """
+        every = self.conditions()
+        for name in only or ():
+            if name not in every:
+                raise ValueError(f"{type(self).__name__} has no condition {name!r}; it has {', '.join(every)}.")
+        chosen = {name: every[name] for name in only or every}
+        return compare(chosen, seeds=tuple(seeds or self.seeds), folder=folder, processes=processes)
+
+    def summary(self, found: Comparison) -> list[dict[str, Any]]:
+        """One row a condition: when it was done, how much sooner than the first, and the last loss and accuracy."""
+        metric, side, bound = self.goal
+        loss, accuracy = found.last("loss"), found.last("accuracy", missing=None)
+        return [
+            {
+                "condition": one.name,
+                "times": one.times,
+                "median": one.median,
+                "sooner": one.ratio,
+                "low": one.low,
+                "high": one.high,
+                "wins": one.wins,
+                "loss": loss[one.name],
+                "accuracy": accuracy[one.name],
+            }
+            for one in found.time_to(metric, **{side: bound})
+        ]

@@ -1,0 +1,113 @@
+"""The last rung of the ladder: a head *grew* where its number rose in training more than random heads', with the skill.
+
+run = train(config, lesson, training, seed=5, folder="runs/five")
+for claim in grown_claims(run, "induction"):
+    print(claim.sentence())        # L1.H3 induction: proved (needed, enough, grown)
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from headwise import stats
+from headwise.claim import Claim, Role, Rung, role, settle
+from headwise.measuring import look
+from headwise.models import open_model
+from headwise.tape import Tape
+from headwise.task import Batch
+from headwise.training import Run
+from headwise.verify import Proof
+
+# The skill has begun when this share of its gain is made, and is there at the other.
+BEGUN, THERE = 0.1, 0.9
+
+
+def grown_claims(run: Run, name: str = "induction", *, rows: int = 128, proof: Proof | None = None) -> list[Claim]:
+    """Claims on a role for the heads of a trained run, with the rung "grown" beside seen, needed and enough.
+
+    Heads whose number at the end is at or above the role's threshold are candidates. A head grew where its rise from
+    the first checkpoint, prompt by prompt, beats that of the 95 % head among random heads of the same layers, and half
+    of the rise was made while the skill was learned. The claims are settled together and kept in the run's atlas.
+
+    Args:
+        run: with a folder.
+        name: a role whose score is one of the lesson's looks.
+        rows: prompts, which had no say in choosing the candidates.
+
+    Raises:
+        ValueError: the run kept nothing, its lesson does not measure that role, or no head comes near it.
+    """
+    part, atlas = role(name), run.atlas
+    if part.score not in run.lesson.looks:
+        raise ValueError(f"{type(run.lesson).__name__} does not measure {part.score!r}; it measures {_list(run)}.")
+    seen = atlas.score(part.score)
+    candidates = [unit for unit in seen.table["unit"].to_list() if seen[unit] >= part.threshold]
+    if not candidates:
+        best = seen.top(1)[0]
+        raise ValueError(f"No head comes near {name}: the best is {best} with {seen[best]:.2f} of {part.threshold}.")
+    batch, proof = run.lesson.make(None, rows, seed=0x6E0), proof or Proof()
+    claims = proof.run(run.model, batch, part.name, candidates, seen=seen)
+    before, _ = open_model(str(run.folder / "checkpoints" / "step=0"))
+    rises = _rises(before, run.model, batch, run, part)
+    nulls = [unit for unit in proof.draw(run.model, candidates) if unit in rises]
+    claims = [
+        replace(claim, rungs=[*claim.rungs, _rung(part, claim.unit, rises, nulls, run.tape, proof)]) for claim in claims
+    ]
+    settled = settle(claims)
+    atlas.add_claims(settled, only_of={part.name})
+    return settled
+
+
+def _list(run: Run) -> str:
+    return ", ".join(run.lesson.looks) or "nothing of heads"
+
+
+def _rises(
+    before: PreTrainedModel, after: PreTrainedModel, batch: Batch, run: Run, part: Role
+) -> dict[str, tuple[np.ndarray, float]]:
+    """{unit: (rise of its number on each prompt, its number at the start)}."""
+    with torch.no_grad():
+        first, last = (look(model.eval(), batch, run.lesson)[part.score] for model in (before, after))
+    return {unit: ((last[unit] - first[unit]).double().numpy(), float(first[unit].mean())) for unit in last}
+
+
+def _rung(
+    part: Role,
+    unit: str,
+    rises: dict[str, tuple[np.ndarray, float]],
+    nulls: list[str],
+    tape: Tape,
+    proof: Proof,
+) -> Rung:
+    mine, start = rises[unit]
+    ordered = sorted(nulls, key=lambda one: float(rises[one][0].mean()))
+    rival = rises[ordered[int(np.ceil(0.95 * len(ordered))) - 1]][0]
+    low, high = stats.interval(mine[:, None])
+    together = with_skill(tape, part.score, unit)
+    return Rung(
+        step="grown",
+        score=f"rise of {part.score} in training",
+        value=float(mine.mean()),
+        low=float(low[0]),
+        high=float(high[0]),
+        null=float(rival.mean()),
+        p=stats.sign_flip(mine - rival, seed=proof.seed),
+        p_holm=float("nan"),
+        n=len(mine),
+        share=float(mine.mean() / max(1e-6, 1 - start)) if together else 0.0,
+        passed=False,
+    )
+
+
+def with_skill(tape: Tape, number: str, unit: str) -> bool:
+    """Whether half of a head's rise was made while the loss fell: from a tenth of its fall on, up to nine tenths."""
+    steps, losses = tape.curve("loss")
+    _, values = tape.curve(number, unit=unit)
+    fall, rise = np.array(losses[0]) - np.array(losses), np.array(values) - values[0]
+    if fall[-1] <= 0 or rise[-1] <= 0:
+        return False
+    begun, there = (steps[int(np.argmax(fall >= mark * fall.max()))] for mark in (BEGUN, THERE))
+    half = steps[int(np.argmax(rise >= rise[-1] / 2))]
+    return begun <= half <= there

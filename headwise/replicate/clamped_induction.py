@@ -1,0 +1,95 @@
+"""What needs to go right for an induction head? A mechanistic study of in-context learning circuits and their
+formation. Singh et al., 2024. arXiv:2404.07129
+
+Row s001 of the mission. Scaled down as in `headwise.lab.ClampedInduction`; figures 3b, 5b, 6 and 8 of the paper.
+"""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import ClassVar
+
+from headwise.comparison import Comparison, Sooner
+from headwise.lab.clamped_induction import CLAMPS, SURPRISES, ClampedInduction
+from headwise.replicate import Outcome, Replication, settle
+from headwise.training import measure
+
+
+@dataclass(frozen=True)
+class ClampedHeads(Replication):
+    """Six clamps, more labels, more clamped heads, and the heads of the unclamped model."""
+
+    row: ClassVar[str] = "s001"
+    claim: ClassVar[str] = (
+        "Holding a part of the induction circuit perfect brings its formation forward, in a fixed order of parts."
+    )
+    paper: ClassVar[str] = (
+        "no clamp > previous token > first layer > copy > first layer and copy > match in time; no clamp takes 1.45 "
+        "times as long as previous token and 3.8 times as long as first layer; 8 heads from 0.10 to 0.85; 15 labels "
+        "5 times later; all eight first-layer heads clamped is slower than none"
+    )
+
+    seeds: ClassVar[tuple[int, ...]] = (5, 6, 7)
+    least_ratio: ClassVar[float] = 3.0
+    strongest: ClassVar[float] = 0.6
+    weakest: ClassVar[float] = 0.35
+    least_delay: ClassVar[float] = 1.5
+
+    def run(self, seed: int = 0) -> Outcome:
+        """Three paired seeds of every condition; the full model with one seed (with three when `full`)."""
+        lab, seeds = ClampedInduction(), tuple(seed + one for one in self.seeds)
+        found = lab.run(seeds, only=[*CLAMPS, *SURPRISES[1:], "15 labels"])
+        whole = lab.run(seeds if self.full else seeds[:1], only=["all heads"])
+        metric, _, bound = lab.goal
+        times = {one.name: one for one in found.time_to(metric, below=bound)}
+        return self._judge(lab, times, whole, seeds)
+
+    def _judge(self, lab: ClampedInduction, times: dict[str, Sooner], whole: Comparison, seeds) -> Outcome:
+        order = [times[name].median for name in CLAMPS]
+        strengths = sorted(
+            (v for unit, v in whole.tape("all heads").heads("induction").items() if unit.startswith("L1")), reverse=True
+        )
+        one, _, eight = (times[name] for name in SURPRISES)
+        delay = median(b / a for a, b in zip(times["none"].times, times["15 labels"].times, strict=True))
+        ratios = [a / b for a, b in zip(times["none"].times, times["first layer"].times, strict=True)]
+        rise = self._rise(whole)
+        checks = {
+            "the six clamps come in the paper's order (median of three seeds)": order == sorted(order, reverse=True)
+            and len(set(order)) == len(order),
+            f"no clamp takes at least {self.least_ratio:.0f} times as long as a perfect first layer": median(ratios)
+            >= self.least_ratio,
+            f"of the eight heads of the unclamped model the strongest is above {self.strongest}, the weakest below "
+            f"{self.weakest}": strengths[0] > self.strongest and strengths[-1] < self.weakest,
+            f"15 labels take at least {self.least_delay} times as long as 5": delay >= self.least_delay,
+            "one first-layer head held on the previous token is faster than none, all eight are slower": one.median
+            < times["none"].median
+            < eight.median,
+        }
+        thousands = {name: [t * 32 / 1000 for t in one.times] for name, one in times.items()}
+        said = ", ".join(f"{name} {median(thousands[name]):.1f}k" for name in CLAMPS)
+        measured = (
+            f"prompts until the loss is below 0.277 (median of {len(seeds)} seeds): {said}; no clamp to first layer "
+            f"{median(ratios):.1f}; 15 labels {delay:.1f} times later; three heads held "
+            f"{median(thousands[SURPRISES[1]]):.1f}k, all eight {median(thousands[SURPRISES[2]]):.1f}k; strengths "
+            + " ".join(f"{v:.2f}" for v in strengths)
+        )
+        baseline = f"no clamp {median(thousands['none']):.1f}k prompts, the same weights and prompts seed by seed"
+        progress = self._progress(lab, whole, seeds[0])
+        numbers = {
+            "thousands": thousands,
+            "strengths": strengths,
+            "ratio none to first layer": ratios,
+            "label delay": delay,
+            "rise": rise,
+            "progress measures of the trained model": progress,
+        }
+        return settle(measured, baseline, checks, numbers)
+
+    def _rise(self, whole: Comparison) -> dict[str, float]:
+        """The steps at which the accuracy on new classes first passed three marks."""
+        tape = whole.tape("all heads")
+        return {f"{mark}": tape.time_to("accuracy", above=mark, split="new classes") for mark in (0.5, 0.6, 0.8, 0.9)}
+
+    def _progress(self, lab: ClampedInduction, whole: Comparison, seed: int) -> dict[str, float]:
+        """The loss of the unclamped, trained model under the very edits of the clamps."""
+        run = whole.runs["all heads"][seed]
+        return {name: measure(run.model, run.lesson, edits, seed=seed)["loss"] for name, edits in lab.clamps().items()}
