@@ -198,6 +198,12 @@ class KVLayer(CacheLayerMixin):
         for part in self.parts:
             part.store.record()
 
+    def end_past_recording(self) -> None:
+        """From now on turns stay, and nothing more is held for taking them back."""
+        self.record_past = False
+        for part in self.parts:
+            part.store.settle()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove tokens; 0 commits what was recorded.
 

@@ -45,6 +45,15 @@ def _holds_all(layer: CacheLayerMixin) -> bool:
     return type(layer) is DynamicLayer
 
 
+def end_recording(cache: Cache) -> None:
+    """Turns stay from now on; transformers' own layers would hold more with each of them, and have no call for it."""
+    for layer in cache.layers:
+        if isinstance(layer, KVLayer):
+            layer.end_past_recording()
+        elif getattr(layer, "record_past", False):
+            layer.record_past = False
+
+
 def turn_limit(cache: Cache) -> int:
     """Tokens that one pass may read so that the cache takes them for single ones, not for a prompt."""
     parts = (part for layer in cache.layers if isinstance(layer, KVLayer) for part in layer.parts)

@@ -271,6 +271,11 @@ class Store(ABC):
         """From now on turns can be taken back."""
         self.recording = True
 
+    def settle(self) -> None:
+        """From now on turns stay, as at the beginning."""
+        self.recording = False
+        self._past.clear()
+
     def crop(self, tokens: int) -> None:
         """Take the last tokens back; 0 says that the recorded turns stay.
 

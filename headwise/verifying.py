@@ -25,7 +25,7 @@ from headwise.attach import caching
 from headwise.drafting import NO_ROOM, WAITS, Draft, Drafter, News, Reading, Stats, last_states, states_of
 from headwise.kv_cache import KVCache
 from headwise.method import Method
-from headwise.rewinding import follows_masks, keep_columns, tree_mask, turn_limit
+from headwise.rewinding import end_recording, follows_masks, keep_columns, tree_mask, turn_limit
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -144,6 +144,7 @@ class Verifying:
             while one.active:
                 self._told(began)
                 one.step()
+        end_recording(one.cache)
         self._told(began)
         if self.streamer is not None:
             self.streamer.end()

@@ -407,6 +407,7 @@ def test_a_conversation_goes_on_with_its_cache(cache: str) -> None:
             if draft:
                 ids = D.HeadCopying(heads=("L0.H1",), least=0).generate(model, ids, **how).ids
                 assert kept.get_seq_length() == ids.shape[1] - 1
+                assert not any(getattr(layer, "record_past", False) for layer in kept.layers)
             else:
                 with caching(model):
                     ids = model.generate(ids, **how)

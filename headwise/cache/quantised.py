@@ -106,6 +106,10 @@ class _Coded(Store):
         """From now on turns can be taken back."""
         self.inner.record()
 
+    def settle(self) -> None:
+        """From now on turns stay."""
+        self.inner.settle()
+
     def crop(self, tokens: int) -> None:
         """Take the last tokens back, as the store inside does."""
         thawed = self._thaw()

@@ -4,7 +4,7 @@ What is kept after n tokens follows from n alone, not from how they were cut int
 depend on the cut, as in the paper: all of its own forward pass, and of what came before only what was kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from headwise.kv_cache import CacheMethod
 from headwise.narrow import Window
 from headwise.store import Store, Turn, mix
+
+SINGLE = 32  # where turns may be taken back, those up to this length are drafts, to be read as single tokens would be
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class _Compensated(Store):
         """The column of the oldest recent token once so many are in; never falls while they grow."""
         return max(0, tokens - max(self.recent, int(self.share * tokens)))
 
+    @property
+    def one_by_one(self) -> int:
+        """Each token of a short turn drops what is too old for the next."""
+        return SINGLE
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see all that was kept and the new tokens up to their own; then what is too old is dropped."""
         turn.plain("RazorAttention")
@@ -73,6 +80,10 @@ class _Compensated(Store):
             self.remember(k, v, turn)
             seen = None if turn.pads is None else turn.seen(columns, columns)
             return mix(q, k, v, seen, turn, causal=seen is None)
+        if self.recording and 1 < len(columns) <= SINGLE:
+            parts = [one.split(1, 2) for one in (q, k, v)]
+            turns = [replace(turn, past=turn.past + i) for i in range(len(columns))]
+            return torch.cat([self.read(*one) for one in zip(*parts, turns, strict=True)], 2)
         self._append(k, v, turn)
         bias = self.bias[:, :, : self.stop].transpose(2, 3)
         if len(columns) > 1:
