@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
+import polars as pl
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -16,6 +17,7 @@ from headwise.lab.clamped_induction import CLAMPS
 from headwise.measuring import measured
 from headwise.method import catalogue, load
 from tests.test_cli import refused, run
+from tests.test_docs import ROOT, blocks, first, schema, table
 
 LESSON = FewShotLabels(classes=20, dim=8)
 CONFIG = TinyConfig(**LESSON.config(layers=2, heads=4, width=16))
@@ -137,6 +139,12 @@ def test_the_commands_of_the_lab(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(lab.ClampedInduction, "conditions", shorter)
     words = ("lab", "run", "clamped_induction", "--seeds", 2, "--only", "none", "--only", "match", "--out", tmp_path)
     done = json.loads(run(capsys, *words, "--json").out)
+    assert list(done) == first("headwise lab run --json")
+    assert all(key in dict(table("headwise lab run --json"))["conditions"] for key in done["conditions"][0])
+    kept = tmp_path / "none" / "seed=5"
+    assert schema(pl.read_parquet(kept / "tape.parquet")) == [row[:2] for row in table("tape.parquet")]
+    drawn = blocks(ROOT / "docs" / "contracts.md", "text")[1][1]
+    assert {line.split("/")[0].strip() for line in drawn.splitlines()[1:]} == {path.name for path in kept.iterdir()}
     assert [row["condition"] for row in done["conditions"]] == ["none", "match"]
     assert "times sooner than 'none'" in run(capsys, *words).out
     kept = json.loads(run(capsys, "lab", "compare", tmp_path, "--metric", "accuracy", "--above", 0.0, "--json").out)

@@ -103,7 +103,7 @@ class AbruptLearning(Replication):
 def half(points: list[tuple[int, float]]) -> float:
     """The step at which a number first made half of its rise from the first to the largest value."""
     first, most = points[0][1], max(value for _, value in points)
-    return next(float(step) for step, value in points if value >= (first + most) / 2)
+    return next(max(1.0, float(step)) for step, value in points if value >= (first + most) / 2)
 
 
 def moments(tape: Tape) -> dict[str, float]:
