@@ -6,12 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 from families import FAMILIES
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import headwise as hw
 from headwise.anatomy import anatomy
-from headwise.decode import MuE, UnifiedSkip
+from headwise.decode import PALBERT, MuE, UnifiedSkip
+from headwise.decode.palbert import PonderHeads
 from headwise.models import fingerprint
+from headwise.replicate.layer_skipping import LayerSkipping
+from headwise.replicate.multiple_exits import MultipleExits, sentences
+from headwise.replicate.ponder_exit import PonderExit, questions
 from headwise.skipping import exiting, must_run, skipping, stack_blocks
 
 DECODERS = ("llama", "gpt2", "qwen3", "gemma3", "opt", "gpt_neox", "phi3", "olmo2", "mixtral")
@@ -201,6 +205,101 @@ def test_mue_in_encoder_and_decoder():
         generate(model, given)
     assert depths["enc"].mean == 1 and depths[""].mean == 2
     assert torch.equal(generate(model, given), plain)
+
+
+# PALBERT.
+
+
+def lambdas(rows: int = 5, layers: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.rand(rows, layers, generator=torch.Generator().manual_seed(seed))
+
+
+def test_exits_sum_to_one_and_are_what_drawing_gives():
+    method, chances = PALBERT(), lambdas()
+    p = method.exits(chances)
+    torch.testing.assert_close(p.sum(1), torch.ones(5))
+    by_hand = [
+        [float(c[i]) * float((1 - c[:i]).prod()) if i < 5 else float((1 - c[:5]).prod()) for i in range(6)]
+        for c in chances
+    ]
+    torch.testing.assert_close(p, torch.tensor(by_hand))
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.stack([method.drawn(chances, draw) for _ in range(4000)])
+    often = torch.stack([(drawn == layer).float().mean(0) for layer in range(6)], 1)
+    torch.testing.assert_close(often, p, atol=0.03, rtol=0)
+
+
+def test_q_exit_is_the_first_layer_past_the_quantile():
+    chances = torch.tensor([[0.6, 0.1, 0.1], [0.4, 0.4, 0.1], [0.1, 0.1, 0.1]])
+    assert PALBERT().leaves(chances).tolist() == [0, 1, 2]
+    assert PALBERT(quantile=0.05).leaves(chances).tolist() == [0, 0, 0]
+
+
+def test_the_loss_is_that_of_a_sure_exit_and_falls_where_an_exit_is_right():
+    logits = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 0, 1])
+    method = PALBERT(weight=0.0)
+    sure = torch.tensor([[1.0, 0.5, 0.5]] * 4)
+    torch.testing.assert_close(
+        method.loss(sure, logits, labels), torch.nn.functional.cross_entropy(logits[:, 0], labels)
+    )
+    prior = torch.full((4, 3), 0.3)
+    torch.testing.assert_close(PALBERT(weight=5.0).loss(prior, logits, labels), method.loss(prior, logits, labels))
+    assert PALBERT(weight=5.0).loss(sure, logits, labels) > method.loss(sure, logits, labels)
+
+
+def test_an_encoder_that_stops_gives_what_reading_all_layers_gives():
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2)
+    model, heads, method = BertModel(config, add_pooling_layer=False).eval(), PonderHeads(16, 3), PALBERT(0.6)
+    for parameter in heads.ponder.parameters():
+        torch.nn.init.normal_(parameter, 0, 2.0)
+    ids = torch.randint(30, (16, 7))
+    with torch.no_grad():
+        chances, logits = heads(model(input_ids=ids, output_hidden_states=True).hidden_states)
+        at = method.leaves(chances)
+        with method.stopping(model, heads) as depths:
+            said = heads.classify(model(input_ids=ids).last_hidden_state[:, 0])
+    assert len(at.unique()) > 1
+    assert torch.equal(depths.told[0][:, 0].long(), at + 1)
+    torch.testing.assert_close(said, logits[torch.arange(16), at])
+
+
+def test_palbert_refuses_what_is_no_chance():
+    with pytest.raises(ValueError, match="quantile is 1.0 and prior 0.3"):
+        PALBERT(quantile=1.0)
+
+
+# Their replications.
+
+
+def test_outcomes_follow_the_checks():
+    lost = {"2 of 30": {"even": 0.1, "late": 1.0, "middle": 0.2, "early": 2.0}}
+    assert LayerSkipping()._judge(lost, 2.0, 0.01, 100.0, 1.0, 8).outcome == "holds"
+    lost["2 of 30"]["middle"] = 0.05
+    assert LayerSkipping()._judge(lost, 2.0, 0.01, 100.0, 1.0, 8).outcome == "fails"
+    found = {"last": 90.0, "q-exit": 89.8, "drawn": 80.0, "spread": 1.0, "layers": 3.0, "rank": 0.6}
+    assert PonderExit()._judge(found, [1, 2, 3], [80.0] * 6, True, 9).outcome == "holds"
+    assert PonderExit()._judge(found | {"drawn": 89.5}, [1, 2, 3], [80.0] * 6, True, 9).outcome == "fails"
+    assert PonderExit()._judge(found, [1, 2, 3], [80.0] * 6, False, 9).outcome == "partly"
+    one = {"accuracy": 99.0, "encoder saved": 0.4, "decoder saved": 0.4}
+    less = {"accuracy": 99.0, "encoder saved": 0.0, "decoder saved": 0.4}
+    numbers = {"full": 100.0, "MuE": one, "decoder alone": less, "confidence": less}
+    assert MultipleExits()._judge(numbers, 9).outcome == "holds"
+    assert MultipleExits()._judge(numbers | {"MuE": one | {"accuracy": 90.0}}, 9).outcome == "fails"
+
+
+def test_made_up_questions_and_sentences_are_what_they_say():
+    ids, label, hard = questions(500, torch.Generator().manual_seed(0))
+    stands = (ids[:, 4:, None] == ids[:, None, 2:4]).any(1)
+    assert torch.equal(stands[hard == 1, 0].long(), label[hard == 1])
+    assert torch.equal((stands[hard == 2, 0] == stands[hard == 2, 1]).long(), label[hard == 2])
+    source, said = sentences(50, torch.Generator().manual_seed(0))
+    table = {}
+    for words, told in zip(source.tolist(), said.tolist(), strict=True):
+        assert sorted((w - 3) * 7 % 40 + 43 for w in words) == sorted(told[:-1]) and told[-1] == 2
+        table.setdefault(tuple(words[:2]), told[:2])
+    assert [*table.values()]
 
 
 def test_padding_has_no_say_in_the_encoder():
