@@ -17,6 +17,7 @@ from headwise.graph import COLUMNS as EDGES
 from headwise.graph import Graph
 from headwise.plan import Plan, Trial
 from headwise.score import COLUMNS, Score
+from headwise.tape import Tape
 
 FINGERPRINT = "0123456789abcdef"
 STEPS = {
@@ -340,3 +341,30 @@ def add_graphs(atlas: Atlas, layers: int, heads: int, rng: np.random.Generator) 
     atlas.add_graph("why-mary-john-0a1b2c", dataclasses.replace(graph, name="why", about=about))
     atlas.add_graph("ioi", graph_of(layers, heads, 400, rng))
     (atlas.path / "graphs" / "torn.parquet").write_bytes(b"no parquet")
+
+
+def add_run(folder: Path, layers: int, heads: int, seed: int = 0) -> None:
+    """The tape of a made-up training run and what was held in it, beside an atlas in the same folder."""
+    rng = np.random.default_rng(seed)
+    tape = Tape()
+    for step in range(0, 2001, 50):
+        done = 1 / (1 + np.exp(-(step - 900) / 40))
+        tape.add(step, "loss", "train", "", float(3.2 - 2.9 * done + rng.normal(0, 0.02)))
+        for layer in range(layers):
+            for index in range(heads):
+                most = 0.9 if (layer, index) == (5, 1) else 0.3 * rng.random()
+                tape.add(step, "induction", "train", f"L{layer}.H{index}", float(most * done + rng.normal(0, 0.01)))
+                tape.add(step, "match", "train", f"L{layer}.H{index}", float(rng.random() * 0.1))
+    tape.save(folder / "tape.parquet", {"seed": 5, "lesson": "MadeUp"})
+    after = {"kind": "After", "metric": "'loss'", "above": "None", "split": "'train'"}
+    below = after | {"below": "1.0", "condition": "None"}
+    unknown = after | {"below": "None", "condition": "<lambda>"}
+    early = {"kind": "Steps", "first": "0", "end": "425"}
+    edits = [
+        {"kind": "Edit", "site": "'L1.pattern'", "heads": ["0", "3"], "when": early},
+        {"kind": "Reset", "parameter": "'embed'", "when": {"kind": "Every", "n": "25"}},
+        {"kind": "Edit", "site": "'L0.z'", "heads": "None", "when": below},
+        {"kind": "Edit", "site": "'L2.z'", "heads": "None", "when": unknown},
+    ]
+    asked = {"lesson": {"name": "MadeUp"}, "seed": 5, "edits": edits}
+    (folder / "run.json").write_text(json.dumps(asked), encoding="utf-8")

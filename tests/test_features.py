@@ -41,6 +41,10 @@ def refusal(method: str, kind: str) -> str | None:
         return "does not predict next tokens|is an encoder-decoder"
     if name == "obs_prop" and kind in UNSPLIT:
         return "told apart by head"
+    if name == "head_subspaces":
+        return {
+            "bert": "does not predict next", "t5": "is an encoder-decoder", "gptj": "does not offer [qkv]",
+        }.get(kind)  # fmt: skip
     if name == "lm_head_neurons":
         return {"gemma2": "norm behind its MLP", "deepseek_v3": "no single down projection"}.get(kind)
     return None
@@ -419,6 +423,7 @@ def test_a_probe_finds_the_last_token_and_not_what_is_shuffled(models):
 
 def test_depths_of_a_curve():
     assert depths(torch.tensor([0.5, 0.5, 0.6, 0.9, 0.88])) == {"jumps": 0.5, "converges": 0.75}
+    assert depths(torch.tensor([0.5, 0.9, 0.8]))["converges"] == 0.5
     assert depths(torch.tensor([0.9, 0.9])) == {"jumps": None, "converges": 0.0}
 
 

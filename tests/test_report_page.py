@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_atlas import synthetic_atlas
+from synthetic_atlas import add_run, synthetic_atlas
 
 from headwise.view import report
 
@@ -35,7 +35,9 @@ def need_browser() -> None:
 def found(tmp_path_factory):
     need_browser()
     folder = tmp_path_factory.mktemp("page")
-    page = report.write(synthetic_atlas(folder / "atlas" / "synthetic"), folder / "report.html")
+    atlas = synthetic_atlas(folder / "run" / "atlas")
+    add_run(folder / "run", 6, 9)
+    page = report.write(atlas, folder / "report.html")
     run = subprocess.run(
         ["node", str(WEB / "test" / "page.mjs"), str(page), str(folder)], capture_output=True, text=True, timeout=280
     )
@@ -159,10 +161,22 @@ def test_a_pressed_place_or_edge_gives_its_numbers_and_its_code(found):
     assert drawn["opened"] == f"#{place}&graph=ioi&node={drawn['pressed'].replace('>', '%3E')}"
 
 
+def test_training_shows_a_line_a_head_and_follows_the_selected_one(found):
+    seen = found["training"]
+    assert ["; 54 lines," in said or "; 1 lines," in said for said in seen["lines"]] == [True, True]
+    assert seen["rows"] == 54 and seen["first"] == "L5.H1"
+    assert seen["says"].startswith("L5.H1: induction 0") and "half of its change between steps" in seen["says"]
+    assert seen["picked"] == "#L5.H1" and seen["address"] == "#L5.H1&curve=match%40train"
+    assert "Edit L1.pattern of heads 0, 3, steps 0 to 425" in seen["legend"]
+    assert "Reset embed at every 25th step" in seen["legend"] and "change of phase" in seen["legend"]
+    compile(seen["code"], "training", "exec")
+    assert 'tape.curve("match", "train", "L5.H1")' in seen["code"]
+
+
 def test_axe_finds_no_violation_in_light_or_dark(found):
     assert {name: rules for name, rules in found["violations"].items() if rules} == {}
     assert min(found["checks"].values()) > 15
-    assert len(found["violations"]) == 10
+    assert len(found["violations"]) == 11
 
 
 def test_the_same_modules_work_as_notebook_widgets(found):
@@ -172,6 +186,7 @@ def test_the_same_modules_work_as_notebook_widgets(found):
     assert made["headcard"]["followed"].strip() == "L7.H4"
     assert made["patternview"]["followed"].startswith("Pattern of L7.H4")
     assert made["tradeoffview"]["followed"] == "Trade-offs L7.H4"
+    assert made["trainingview"]["followed"].strip() == "Training"
     assert made["circuitview"]["followed"].strip() == "Circuit" and made["circuitview"]["node"] == "logits"
     assert all((one["left"], one["heard"]) == (0, 0) for one in made.values())
 

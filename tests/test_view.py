@@ -15,6 +15,7 @@ import pytest
 from synthetic_atlas import (
     FINGERPRINT,
     TEXTS,
+    add_run,
     bench_row,
     empty_atlas,
     graph_of,
@@ -28,6 +29,7 @@ from headwise.claim import ROLES, Claim, Rung
 from headwise.score import Score
 from headwise.view import report, words
 from headwise.view.gather import gather
+from headwise.view.training import phase
 
 PALETTE = json.loads((Path(report.__file__).parent / "palette.json").read_text(encoding="utf-8"))
 
@@ -191,6 +193,46 @@ def test_a_graph_of_other_weights_is_left_out_with_the_reason(tmp_path):
     assert found["graphs"] == [] and "with other weights than this atlas" in found["left_out"]["other"]
     with pytest.raises(ValueError, match="has no graph 'otter'; it has other. Did you mean 'other'"):
         atlas.graph("otter")
+
+
+def test_training_holds_a_line_a_head_and_when_something_was_held(tmp_path):
+    atlas = empty_atlas(tmp_path / "atlas", {0: 4, 1: 4, 5: 4})
+    assert gather(atlas)["training"] is None
+    add_run(tmp_path, 6, 4)
+    found = gather(atlas)["training"]
+    assert found["name"] == "MadeUp, seed 5" and found["steps"] == [0, 2000] and len(found["curves"]) == 49
+    curves = {(one["metric"], one["unit"]): one for one in found["curves"]}
+    loss, head = curves["loss", ""], curves["induction", "L5.H1"]
+    assert len(loss["steps"]) == len(loss["values"]) == 41 and 800 <= loss["phase"][0] < loss["phase"][1] <= 1000
+    assert head["phase"] is not None and head["values"][-1] == pytest.approx(0.9, abs=0.05)
+    held = found["held"]
+    assert held[0] == {"text": "Edit L1.pattern of heads 0, 3", "spans": [[0, 425]]}
+    assert held[1] == {"text": "Reset embed at every 25th step", "spans": []}
+    (start, end) = held[2]["spans"][0]
+    assert 900 < start < 1100 and end == 2000 and held[3]["spans"] is None
+    known: dict = {}
+    exec(found["code"].replace(f'Path("{tmp_path.name}/', f'Path("{tmp_path}/'), known)
+    assert known["tape"].last("loss") == pytest.approx(loss["values"][-1], rel=1e-3)
+    (tmp_path / "tape.parquet").write_bytes(b"torn")
+    assert gather(atlas)["training"] is None
+
+
+def test_scores_of_several_steps_make_curves_too(tmp_path):
+    atlas = empty_atlas(tmp_path, {0: 2})
+    for step, value in ((0, 9.0), (100, 0.1), (200, 0.2)):
+        table = score_table([(0, 0), (0, 1)], np.array([value, 0.0]))
+        atlas.add(Score("induction", table, "head", "seen", {}, step))
+    found = gather(atlas)["training"]
+    assert found["name"] == "2 checkpoints" and found["curves"][0]["values"] == [0.1, 0.2]
+    assert found["call"] == "[atlas.score(METRIC, step)[UNIT] for step in [100, 200]]"
+
+
+def test_a_phase_is_the_shortest_stretch_with_half_of_all_change():
+    steps = list(range(0, 1000, 10))
+    assert phase(steps, [0.0] * 50 + [1.0] * 50) == [490, 500]
+    assert phase(steps, [step / 1000 for step in steps]) is None
+    assert phase(steps, [1.0] * 100) is None and phase([0, 1], [0.0, 1.0]) is None
+    assert phase(steps, [float("nan")] * 50 + [0.0] * 25 + [1.0] * 25) == [740, 750]
 
 
 HOSTILE = [
@@ -360,6 +402,7 @@ def test_widgets_show_the_same_data(atlas):
     made = widgets.HeadMap(atlas, unit="L5.H1", colour="induction_stripe")
     assert made.data == gather(atlas) and (made.unit, made.colour) == ("L5.H1", "induction_stripe")
     more = widgets.PatternView(atlas, prompt="code"), widgets.Tradeoffs(atlas), widgets.Circuit(atlas, "ioi")
+    more += (widgets.Training(atlas),)
     for widget in (made, widgets.HeadCard(atlas), *more):
         assert re.search(r"export\s*{[^}]*\bas default\b", str(widget._esm))
         assert ".hw" in str(widget._css)

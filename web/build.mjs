@@ -61,6 +61,7 @@ const files = {
   "headcard.js": await bundle("headcard.tsx", "esm"),
   "patternview.js": await bundle("patternview.tsx", "esm"),
   "tradeoffview.js": await bundle("tradeoffview.tsx", "esm"),
+  "trainingview.js": await bundle("trainingview.tsx", "esm"),
   "circuitview.js": await bundle("circuitview.tsx", "esm"),
   "LICENCES.txt": licences(),
 };

@@ -24,7 +24,7 @@ class ConceptDepth(FeatureMethod):
     Where `about["groups"]` has a number a prompt, those of one number are all fitted on or all tested on.
     `found` holds for each the accuracy on held-out prompts by layer, that of probes for shuffled labels ("control"),
     and "jumps" and "converges": the first layer whose accuracy is 1.1 times that of the layer below it, and the first
-    from which on accuracy stays within `within` of its best, as shares of the depth (None where it never jumps).
+    whose accuracy is within `within` of the best of all layers, as shares of the depth (None where it never jumps).
 
     Fields:
         share: prompts on which probes are fitted, drawn at random; the rest tests them.
@@ -110,12 +110,12 @@ def _hits(values: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, rows: Te
 
 
 def depths(accuracy: Tensor, within: float = 0.03) -> dict[str, float | None]:
-    """Where accuracies by layer [L] jump, and from where on they are near their best: shares of the depth in 0 to 1."""
+    """Where accuracies by layer [L] first jump, and first are near their best: shares of the depth in 0 to 1."""
     many = len(accuracy)
     rise = accuracy[1:] / accuracy[:-1].clamp_min(1e-9)
     jumps = (rise >= 1.1).nonzero()
-    away = (accuracy < accuracy.max() - within).nonzero()
+    near = (accuracy >= accuracy.max() - within).nonzero()
     return {
         "jumps": float(jumps[0, 0] + 1) / max(many - 1, 1) if len(jumps) else None,
-        "converges": float(away[-1, 0] + 1) / max(many - 1, 1) if len(away) else 0.0,
+        "converges": float(near[0, 0]) / max(many - 1, 1),
     }

@@ -10,6 +10,7 @@ from headwise.claim import ROLES, Claim
 from headwise.view.circuits import circuits
 from headwise.view.plain import number, plain
 from headwise.view.tradeoffs import tradeoffs
+from headwise.view.training import training
 from headwise.view.words import head_sentence, score_code, shown_role, summary_sentence
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def gather(atlas: "Atlas") -> dict[str, Any]:
         "readouts": _readouts(atlas),
         "tradeoffs": tradeoffs(atlas, [_kv_of(unit, about) for unit in units]),
         "circuits": circuits(atlas),
+        "training": training(atlas),
     }
 
 

@@ -1,4 +1,4 @@
-"""Notebook widgets: map, head card, pattern, trade-offs and circuit, drawn by the same modules as the report."""
+"""Notebook widgets: the map and the other views, drawn by the same modules as the report."""
 
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ SHARED = {
     "graph": "",
     "edges": 0,
     "node": "",
+    "curve": "",
 }
 
 
@@ -93,3 +94,11 @@ def Circuit(atlas: "Atlas", graph: str = "", node: str = "", edges: int = 0) -> 
     if graph and graph not in names:
         raise ValueError(f"This atlas has no graph {graph!r}; it has {', '.join(names) or 'none'}.")
     return _make("circuitview", "Circuit", atlas, graph=graph, node=node, edges=edges)
+
+
+def Training(atlas: "Atlas", curve: str = "", unit: str = "") -> "AnyWidget":
+    """What was measured while the model was trained, a line a head; for a run of the lab, its `run.atlas`.
+
+    `.curve` is what is shown, a metric and the prompts it was measured on, such as "induction@train".
+    """
+    return _make("trainingview", "Training", atlas, curve=curve, unit=unit)

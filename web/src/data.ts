@@ -157,6 +157,28 @@ export interface Circuits {
   left_out: Record<string, string>;
 }
 
+/** One number over training; `phase` is the short stretch of steps in which most of its change happens. */
+export interface Curve {
+  metric: string;
+  split: string;
+  unit: string;
+  steps: number[];
+  values: Column;
+  phase: [number, number] | null;
+}
+
+/** What was held, reset or taught otherwise; `spans` is null where run.json cannot tell when. */
+export interface Held { text: string; spans: [number, number][] | null }
+
+export interface Training {
+  name: string;
+  steps: [number, number];
+  curves: Curve[];
+  held: Held[];
+  code: string;
+  call: string;
+}
+
 export interface Data {
   format: number;
   about: Record<string, unknown>;
@@ -172,6 +194,7 @@ export interface Data {
   readouts: Record<string, Record<string, Readout[]>>;
   tradeoffs: Tradeoffs | null;
   circuits: Circuits | null;
+  training: Training | null;
 }
 
 /** anywidget's front-end model: the only thing a view is given beside its element. */

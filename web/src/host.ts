@@ -2,7 +2,7 @@
 // "#L5.H1" is a link to a head; "#L5.H1&colour=induction&view=table" is one with the rest of the state.
 import type { Model } from "./data";
 
-const PLAIN: Record<string, unknown> = { colour: "roles", side: "query", token: -1, view: "grid", role: "", dot: "", quality: "kept", graph: "", edges: 0, node: "" };
+const PLAIN: Record<string, unknown> = { colour: "roles", side: "query", token: -1, view: "grid", role: "", dot: "", quality: "kept", graph: "", edges: 0, node: "", curve: "" };
 
 export function readHash(hash: string): Record<string, unknown> {
   const [unit, ...rest] = hash.replace(/^#/, "").split("&");

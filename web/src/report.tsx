@@ -10,6 +10,7 @@ import { Spread } from "./spread";
 import type { State } from "./state";
 import { Tasks } from "./tasks";
 import { TradeoffsPanel } from "./tradeoffs";
+import { TrainingPanel } from "./training";
 
 function Report({ state }: { state: State }) {
   return (
@@ -18,6 +19,7 @@ function Report({ state }: { state: State }) {
       <main class="hw-page">
         <div class="hw-left">
           <HeadMap state={state} />
+          <TrainingPanel state={state} />
           <CircuitPanel state={state} />
           <TradeoffsPanel state={state} />
           <Spread state={state} />

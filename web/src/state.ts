@@ -18,6 +18,7 @@ export interface State {
   graph: Signal<string>;
   edges: Signal<number>;
   node: Signal<string>;
+  curve: Signal<string>;
   hover: Signal<string>;
   over: Signal<string>;
   source: Signal<string>;
@@ -25,7 +26,7 @@ export interface State {
   stop: () => void;
 }
 
-const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role", "dot", "quality", "graph", "edges", "node"] as const;
+const SHARED = ["unit", "colour", "prompt", "side", "token", "view", "role", "dot", "quality", "graph", "edges", "node", "curve"] as const;
 
 /** A proved head where there is one, in the order of roles. */
 export function firstHead(data: Data): string {
@@ -49,6 +50,7 @@ export function createState(model: Model): State {
     graph: "",
     edges: 0,
     node: "",
+    curve: "",
   };
   const valid: Partial<Record<string, (value: any) => boolean>> = {
     unit: (value) => place.has(value),

@@ -10,7 +10,7 @@ import { executable, flags } from "./browser.mjs";
 const [report, shots] = process.argv.slice(2);
 const address = pathToFileURL(resolve(report)).href;
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, tradeoffs: {}, circuit: {}, widgets: {}, size: {} };
+const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: {}, hash: {}, state: {}, pattern: {}, tradeoffs: {}, circuit: {}, training: {}, widgets: {}, size: {} };
 
 const browser = await chromium.launch({ executablePath: executable(), args: flags });
 
@@ -88,7 +88,7 @@ async function pattern() {
   await page.keyboard.press("ArrowRight");
   found.pattern.moved = await page.locator('.hw-token[aria-selected="true"]').getAttribute("data-at");
   found.pattern.weight = await page.locator(".hw-token").nth(0).getAttribute("aria-label");
-  await page.getByText("The same in Python").click();
+  await page.locator(".hw-card").getByText("The same in Python").click();
   found.pattern.code = await page.locator(".hw-card .hw-code code").textContent();
   await page.close();
 }
@@ -209,13 +209,32 @@ async function circuit() {
   await page.close();
 }
 
+/** The lines of a training run: the selected head's is read out, the table selects, the choice stays in the address. */
+async function training() {
+  const page = await open({}, "#L2.H3");
+  const at = found.training;
+  at.lines = await page.locator('.hw-curves [role="img"]').evaluateAll((all) => all.map((one) => one.getAttribute("aria-label")));
+  await page.locator(".hw-training summary").first().click();
+  at.rows = await page.locator(".hw-training tbody tr").count();
+  at.first = await page.locator(".hw-training tbody .hw-link").first().textContent();
+  await page.locator(".hw-training tbody .hw-link").first().click();
+  at.picked = new URL(page.url()).hash;
+  at.says = await page.locator(".hw-training .hw-reading").textContent();
+  at.legend = await page.locator(".hw-training .hw-key").textContent();
+  await page.locator(".hw-training select").selectOption("match@train");
+  at.address = new URL(page.url()).hash;
+  await page.locator(".hw-training summary").filter({ hasText: "Python" }).click();
+  at.code = await page.locator(".hw-training .hw-code code").textContent();
+  await page.close();
+}
+
 /** The widgets' modules, loaded as a notebook loads them: from a blob, with a model of the notebook's own. */
 async function widgets() {
   const data = JSON.parse(readFileSync(report, "utf8").match(/id="headwise-data">(.*?)<\/script>/s)[1]);
   const folder = join(dirname(fileURLToPath(import.meta.url)), "..", "..", "headwise", "view", "static");
   const page = await browser.newPage();
   page.on("pageerror", (error) => found.errors.push(String(error)));
-  for (const name of ["headmap", "headcard", "patternview", "tradeoffview", "circuitview"]) {
+  for (const name of ["headmap", "headcard", "patternview", "tradeoffview", "circuitview", "trainingview"]) {
     const source = readFileSync(join(folder, `${name}.js`), "utf8");
     found.widgets[name] = await page.evaluate(async ([source, data]) => {
       const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
@@ -255,6 +274,7 @@ try {
   await pattern();
   await tradeoffs();
   await circuit();
+  await training();
   const looks = [
     ["roles", "light", ""],
     ["roles", "dark", ""],
@@ -264,12 +284,13 @@ try {
     ["plan", "light", "#L5.H1&dot=0.4%2Fplan"],
     ["plan", "dark", "#L5.H1&dot=0.2%2Fplan&quality=nll"],
     ["circuit", "light", "#L5.H1&graph=why-mary-john-0a1b2c&node=logits"],
+    ["training", "dark", "#L5.H1&curve=match%40train"],
     ["circuit", "dark", "#L5.H1&graph=ioi&edges=120"],
   ];
   for (const [name, colorScheme, hash] of looks) {
     const page = await open({ colorScheme, reducedMotion: "reduce" }, hash);
     await page.waitForTimeout(150);
-    for (const summary of await page.locator(".hw-card > details > summary, .hw-tradeoffs > details > summary, .hw-circuit > details > summary").all()) await summary.click();
+    for (const summary of await page.locator(".hw-card > details > summary, .hw-tradeoffs > details > summary, .hw-circuit > details > summary, .hw-training > details > summary").all()) await summary.click();
     await check(page, `${name}-${colorScheme}`);
     await page.close();
   }
