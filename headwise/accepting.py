@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from headwise.drafting import ALL, DIFFERS, NO_ROOM, STOPPED, Draft
 
 
 class Line:
-    """One row of token ids, its padding included, in a buffer with room to the final length."""
+    """One row of token ids, its padding included, in a buffer with room to the final length; its number is `row`."""
 
-    def __init__(self, start: Tensor, most: int) -> None:
+    def __init__(self, start: Tensor, most: int, row: int = 0) -> None:
+        self.row = row
         self.ids = start.new_zeros(max(most, len(start) + 1))
         self.ids[: len(start)] = start
         self.start = self.length = len(start)
@@ -36,9 +36,9 @@ class Line:
         """Tokens that may still be added."""
         return self.most - self.length
 
-    def text(self) -> Tensor:
-        """[1, length], as processors and criteria of transformers want it."""
-        return self.ids[None, : self.length]
+    def text(self, rows: int) -> Tensor:
+        """[rows, length], the same in each: processors and criteria may know something of every row of the batch."""
+        return self.ids[None, : self.length].expand(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Rules:
         config: GenerationConfig,
         rows: int,
     ) -> None:
-        if rows > 1 and any(isinstance(one, PrefixConstrainedLogitsProcessor) for one in processors):
-            raise ValueError(f"prefix_allowed_tokens_fn with drafts serves one row; {rows} were given.")
-        self.processors = processors
+        self.processors, self.rows = processors, rows
         self.sampling = bool(config.do_sample)
         limits = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
         self.most = min([*limits, int(config.max_length)])
@@ -82,7 +80,8 @@ class Rules:
         """Whether the text ends with its last token."""
         if line.length >= self.most or line.last in self.ends:
             return True
-        return any(bool(torch.as_tensor(one(line.text(), None)).any()) for one in self._slow)
+        said = [torch.as_tensor(one(line.text(self.rows), None)).expand(self.rows) for one in self._slow]
+        return any(bool(one[line.row]) for one in said)
 
     def read(self, logits: Tensor) -> "Tensor | list[list[int]]":
         """Logits [B, W, V] in the form that `choose` wants: the best tokens, where nothing else is asked for."""
@@ -102,7 +101,7 @@ class Rules:
         if not isinstance(known, Tensor):
             token = known[at]
         else:
-            scores = self.processors(line.text(), known[at : at + 1].clone())[0]
+            scores = self.processors(line.text(self.rows), known[at].repeat(self.rows, 1))[line.row]
             if self.sampling:
                 return pick(scores.softmax(-1), options)
             token = int(scores.argmax())

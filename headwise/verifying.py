@@ -195,7 +195,7 @@ class _Run:
         self.model, self.rules, self.ids = model, rules, ids
         self.options = dict(options)
         self.cache = options["past_key_values"]
-        self.lines = [Line(row, rules.most) for row in ids]
+        self.lines = [Line(row, rules.most, number) for number, row in enumerate(ids)]
         self.active = list(range(len(ids)))
         self.places = list(range(len(ids)))
         self.pending: dict[int, list[int]] = {}
