@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MOST = 2000
 QUESTION = (
     "prompt", "answer", "instead", "contrast", "how", "metric", "clean", "corrupt", "faithfulness", "low", "high",
-    "left", "explains", "says", "p", "losses", "of",
+    "left", "explains", "says", "p", "losses", "of", "unseen",
 )  # fmt: skip
 
 

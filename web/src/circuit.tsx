@@ -86,6 +86,7 @@ function Asked({ asked }: { asked: Question }) {
         {asked.metric} {number(asked.clean)}; {number(asked.corrupt)} with {how[asked.how] ?? asked.how}: {asked.contrast[0]}
       </p>
       <p class={`hw-verdict-line ${asked.explains ? "hw-passed" : "hw-failed"}`}>{asked.says}</p>
+      {asked.unseen && <p class="hw-small hw-quiet">On {asked.unseen.prompts}, which had no say in choosing it, it carries {percent(asked.unseen.faithfulness)}.</p>}
     </>
   );
 }

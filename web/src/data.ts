@@ -136,6 +136,7 @@ export interface Question {
   p: Record<string, number>;
   losses: Record<string, number>;
   of: number;
+  unseen?: { prompts: string; faithfulness: number } | null;
 }
 
 export interface Circuit {
