@@ -12,6 +12,7 @@ from headwise import __version__
 from headwise.cli_cache import bench_command, plan_command
 from headwise.cli_lab import lab_app
 from headwise.cli_decode import generate_command
+from headwise.cli_draft import draft_app
 from headwise.cli_why import why_command
 from headwise.progress import hidden
 from headwise.terminal import (
@@ -239,6 +240,7 @@ def replicate(
 
 app.command("plan")(plan_command)
 app.command("bench")(bench_command)
+app.add_typer(draft_app, name="draft")
 app.command("why")(why_command)
 app.add_typer(lab_app, name="lab")
 app.command("generate")(generate_command)

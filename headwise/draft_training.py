@@ -1,21 +1,25 @@
 """How draft heads are trained: on texts that the model wrote itself, from its own states, the model untouched."""
 
+import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from headwise.draft_heads import DraftHeads
 from headwise.drafting import last_states
+from headwise.models import fingerprint
 from headwise.progress import hidden
 from headwise.resume import State, load, save
 from headwise.tape import Tape
+from headwise.writing import write_aside
 
-STATE = "training.safetensors"
+STATE, TEXTS = "training.safetensors", "texts.safetensors"
 LAST_RATE = 0.1
 
 
@@ -28,17 +32,17 @@ def self_written(
     temperature: float = 1.0,
     seed: int = 0,
     rows: int = 16,
-    step: Callable[[], object] = tuple,
+    first: int = 0,
 ) -> Tensor:
     """Prompts [N, P] without padding, and what the model writes after them, [N, P + new].
 
     Args:
         temperature: at which the model is sampled; 0 takes the likeliest token.
-        step: called after each batch of `rows` prompts. A batch hangs on the seed and its own number alone.
+        rows: prompts at a time. What a batch writes hangs on the seed and its number alone; the first is `first`.
     """
     kept, state = [], torch.get_rng_state()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    for number, part in enumerate(prompts.split(rows)):
+    for number, part in enumerate(prompts.split(rows), start=first):
         torch.manual_seed(seed * 100_003 + number)
         options = sampling or {"do_sample": False}
         kept.append(
@@ -50,9 +54,44 @@ def self_written(
                 **options,
             ).cpu()
         )
-        step()
     torch.set_rng_state(state)
     return torch.cat(kept)
+
+
+def texts_in(
+    folder: Path,
+    model: PreTrainedModel,
+    prompts: Tensor,
+    new: int = 64,
+    *,
+    temperature: float = 0.7,
+    seed: int = 0,
+    rows: int = 16,
+    name: str = "writing",
+) -> Tensor:
+    """What `self_written` gives, kept in a folder batch by batch, so that it goes on where it was stopped.
+
+    Raises:
+        ValueError: the folder holds texts of another run.
+    """
+    path = folder / TEXTS
+    asked = {"fingerprint": fingerprint(model), "prompts": [*prompts.shape, int(prompts.sum())], "new": new}
+    text = json.dumps(asked | {"temperature": temperature, "seed": seed, "rows": rows})
+    kept = prompts.new_empty(0, prompts.shape[1] + new)
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("asked") != text:
+                raise ValueError(f"{folder} holds texts of another run; use another folder, or ask for the same.")
+            kept = file.get_tensor("ids")
+    parts = prompts.split(rows)
+    done = len(kept) // rows + bool(len(kept) % rows)
+    bar = tqdm(parts[done:], initial=done, total=len(parts), desc=name, disable=hidden(), leave=False)
+    for number, part in enumerate(bar, start=done):
+        fresh = self_written(model, part, new, temperature=temperature, seed=seed, rows=rows, first=number)
+        kept = torch.cat([kept, fresh])
+        ids = kept.contiguous()
+        write_aside(path, lambda p, ids=ids: save_file({"ids": ids}, p, metadata={"asked": text}))
+    return kept
 
 
 @torch.no_grad()

@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from families import FAMILIES, VOCAB
+from typer.testing import CliRunner
 
+from headwise import draft_training
+from headwise.cli import app
 from headwise.decode import Chimera, Clover, Hydra, HydraPlus, Medusa
 from headwise.draft_heads import TAIL, DraftHeads
-from headwise.draft_training import self_written, states_after, train
+from headwise.draft_training import self_written, states_after, texts_in, train
 from headwise.drafting import News
-from headwise.models import fingerprint
+from headwise.models import fingerprint, open_model
 from headwise.verifying import Verifying
 
 TREE = (2, 2, 1)
@@ -205,6 +208,71 @@ def test_bad_input_is_a_sentence(model, lesson, trained, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="was written by something else"):
         DraftHeads.from_pretrained(tmp_path, model)
+
+
+def test_texts_are_kept_batch_by_batch(model, tmp_path, monkeypatch):
+    prompts = torch.randint(3, VOCAB, (7, 4), generator=torch.Generator().manual_seed(0))
+    whole = self_written(model, prompts, 6, temperature=1.0, rows=2)
+    calls = []
+
+    def stops(*args, **options):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return self_written(*args, **options)
+
+    monkeypatch.setattr(draft_training, "self_written", stops)
+    with pytest.raises(KeyboardInterrupt):
+        texts_in(tmp_path, model, prompts, 6, temperature=1.0, rows=2)
+    monkeypatch.undo()
+    assert torch.equal(texts_in(tmp_path, model, prompts, 6, temperature=1.0, rows=2), whole)
+    assert torch.equal(texts_in(tmp_path, model, prompts, 6, temperature=1.0, rows=2), whole)
+    with pytest.raises(ValueError, match="holds texts of another run"):
+        texts_in(tmp_path, model, prompts, 6, temperature=0.5, rows=2)
+
+
+# On the command line.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    text = "the value of a name is an object and it is not in the name "
+    words = {word: place for place, word in enumerate(["<s>", "<unk>", *sorted(set(text.split()))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    fields = FAMILIES["llama"].fields | {"vocab_size": len(words), "bos_token_id": 0}
+    made = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(made)
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", pad_token="<s>").save_pretrained(made)
+    (made / "text.txt").write_text(text * 40)
+    return made
+
+
+def test_heads_are_trained_and_used_from_the_command_line(folder, tmp_path):
+    out = str(tmp_path / "heads")
+    asked = ["draft", "train", str(folder), "--method", "clover", "--data", str(folder / "text.txt"), "--out", out]
+    asked += ["--texts", "6", "--prompt", "6", "--tokens", "10", "--steps", "4", "--json"]
+    first = CliRunner().invoke(app, asked)
+    assert first.exit_code == 0, first.output
+    facts = json.loads(first.stdout)
+    assert facts["method"] == "clover" and len(facts["losses"]) == 4 and len(facts["right"]) == 4
+    again = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert again == facts, "a finished run is not made again"
+    shown = CliRunner().invoke(app, asked[:-1])
+    assert shown.exit_code == 0 and "tokens ahead" in shown.stdout
+    model, _ = open_model(folder)
+    ids = torch.tensor([[0, 2, 3, 4]])
+    done = Clover(path=out).generate(model, ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(done.ids, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_the_command_line_refuses_with_a_sentence(folder):
+    said = CliRunner().invoke(app, ["draft", "train", str(folder), "--method", "copyspec"])
+    assert said.exit_code == 2 and "copyspec has no draft heads; allowed are medusa" in said.stderr
 
 
 def test_no_heads_is_a_sentence(model):

@@ -10,13 +10,15 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import headwise as hw
 from headwise.anatomy import anatomy
-from headwise.decode import PALBERT, MuE, UnifiedSkip
+from headwise.decode import PALBERT, MuE, SelfSpeculation, UnifiedSkip
 from headwise.decode.palbert import PonderHeads
+from headwise.drafting import News
 from headwise.models import fingerprint
 from headwise.replicate.layer_skipping import LayerSkipping
 from headwise.replicate.multiple_exits import MultipleExits, sentences
 from headwise.replicate.ponder_exit import PonderExit, questions
 from headwise.skipping import exiting, must_run, skipping, stack_blocks
+from headwise.verifying import Verifying
 
 DECODERS = ("llama", "gpt2", "qwen3", "gemma3", "opt", "gpt_neox", "phi3", "olmo2", "mixtral")
 
@@ -143,6 +145,40 @@ def test_generate_says_what_was_generated(model):
     with method.use(model):
         assert torch.equal(done.ids, generate(model, {"input_ids": ids}))
     assert (done.stats.passes, done.stats.tokens) == (8, 24)
+
+
+# Self-speculation.
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_drafting_with_fewer_blocks_changes_no_text(model, rows):
+    inputs = FAMILIES["llama"].inputs(rows=rows, padded=rows > 1)
+    with torch.no_grad():  # upper blocks that change little, as in trained models
+        gentle = copy.deepcopy(model)
+        for block in gentle.model.layers[1:-1]:
+            block.mlp.down_proj.weight.mul_(0.05)
+            block.self_attn.o_proj.weight.mul_(0.05)
+    plain = gentle.generate(**inputs, max_new_tokens=20, do_sample=False)
+    method = SelfSpeculation(skip=0.5, sure=0.0)
+    loop = Verifying(method.drafter(gentle))
+    said = gentle.generate(**inputs, max_new_tokens=20, do_sample=False, custom_generate=loop)
+    assert torch.equal(said, plain)
+    assert loop.stats.acceptance > 0.5 and loop.stats.per_pass > 2
+    assert len(method.left_out(gentle)) == 3
+    assert all("forward" not in vars(module) for module in gentle.modules())
+
+
+def test_a_draft_ends_where_the_shorter_model_is_unsure(model):
+    drafter = SelfSpeculation(blocks=(2, 3), sure=1.0).drafter(model)
+    drafter.begin(model, [[3, 4, 5]], False)
+    drafter.accept({0: News([6])})
+    assert drafter.propose({0: 8})[0].tokens == []
+    with pytest.raises(ValueError, match="skip is 1, tokens 4 and sure 0.4"):
+        SelfSpeculation(skip=1)
+    with pytest.raises(ValueError, match="There is no block 9"):
+        SelfSpeculation(blocks=(9,)).drafter(model)
+    with pytest.raises(ValueError, match="another one is generating"):
+        drafter.begin(deep(), [[1]], False)
 
 
 # Exits.

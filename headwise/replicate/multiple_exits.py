@@ -7,7 +7,7 @@ where the paper has pictures and text. Thresholds are chosen on one set of texts
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,10 @@ def sentences(rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 @contextmanager
 def confident(model: BartForConditionalGeneration, threshold: float):
     """The baseline: a decoder's token leaves where its likeliest word has at least this chance. Encoders have none."""
+    head: Any = model.get_output_embeddings()
 
     def decide(number: int, before: Tensor, after: Tensor) -> Tensor:
-        return model.get_output_embeddings()(after).softmax(-1).amax(-1) > threshold
+        return head(after).softmax(-1).amax(-1) > threshold
 
     with exiting(model, decide) as depths:
         yield {"": depths}
