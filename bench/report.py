@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 from report_cache import caches
+from report_circuits import circuits
 from report_decode import drafts
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,7 @@ def main() -> None:
         full(load("ablation_scan_last_full")),
         screening(load("screen")),
         mapping(load("map_time")),
+        circuits(load),
         caches(load, circumstances),
         drafts(load, circumstances),
         NOTES.strip(),

@@ -10,9 +10,9 @@ import typer
 
 from headwise import __version__
 from headwise.cli_cache import bench_command, plan_command
-from headwise.cli_lab import lab_app
 from headwise.cli_decode import generate_command
 from headwise.cli_draft import draft_app
+from headwise.cli_lab import lab_app
 from headwise.cli_why import why_command
 from headwise.progress import hidden
 from headwise.terminal import (

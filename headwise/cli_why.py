@@ -89,3 +89,4 @@ def _print_reason(reason: "Reason", top: int) -> None:
     if lost:
         say("Without a node the graph loses: " + ", ".join(f"{reason.named(n)} {loss:.0%}" for n, loss in lost) + ".")
     say(worth.sentence())
+    say(reason.tested())

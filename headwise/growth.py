@@ -49,7 +49,7 @@ def grown_claims(run: Run, name: str = "induction", *, rows: int = 128, proof: P
         raise ValueError(f"No head comes near {name}: the best is {best} with {seen[best]:.2f} of {part.threshold}.")
     batch, proof = run.lesson.make(None, rows, seed=0x6E0), proof or Proof()
     claims = proof.run(run.model, batch, part.name, candidates, seen=seen)
-    before, _ = open_model(str(run.folder / "checkpoints" / "step=0"))
+    before, _ = open_model(str(run.atlas.path.parent / "checkpoints" / "step=0"))
     rises = _rises(before, run.model, batch, run, part)
     nulls = [unit for unit in proof.draw(run.model, candidates) if unit in rises]
     claims = [

@@ -245,7 +245,7 @@ def answer_logits(model: "PreTrainedModel", batch: Batch, inputs: dict[str, Tens
     columns = batch.at.unique()
     if "logits_to_keep" in model.forward.__code__.co_varnames or _takes(model, "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
-        index = torch.searchsorted(columns, batch.at)
+        index = torch.searchsorted(columns, batch.at.contiguous())
     else:
         logits, index = model(**inputs).logits, batch.at
     if logits.ndim == 2:

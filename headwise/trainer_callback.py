@@ -1,6 +1,6 @@
 """The edits and resets of the lab in a Hugging Face `Trainer`, on the same schedules.
 
-    trainer = Trainer(model, args, train_dataset=..., callbacks=[EditCallback([Edit("L1.z", 0.0, when=steps(0, 900))])])
+trainer = Trainer(model, args, train_dataset=..., callbacks=[EditCallback([Edit("L1.z", 0.0, when=steps(0, 900))])])
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from headwise.paths import prepare
 from headwise.score import provenance
 from headwise.slopes import attributed, mean_slopes
 from headwise.task import Batch, Metric, answer_logits, logit_diff, sequence_logprob
-from headwise.worth import Appraisal, Worth, gap, smallest
+from headwise.worth import Appraisal, Worth, gap, outcomes, share, smallest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +38,9 @@ class Reason:
         metric: what was measured: "logit difference", or "log-probability ratio" where an answer is several tokens.
         graph: the edges; tokens of the prompt are the places embed@0, embed@1 and so on.
         batch: the prompts that were run, as methods of the circuits room take them.
-        worth: what the graph explains, on the prompt that it was found on.
+        worth: what the graph explains, on the prompt that it was found on: in-sample, so it flatters the graph.
+        unseen: prompts that had no say in choosing the graph, in words, and the share that it carries alone on them;
+            None where none could be made.
     """
 
     prompt: str
@@ -52,6 +54,14 @@ class Reason:
     worth: Worth
     batch: Batch
     about: dict[str, Any] = field(default_factory=dict)
+    unseen: tuple[str, float] | None = None
+
+    def tested(self) -> str:
+        """Where the figures come from, in one sentence."""
+        if self.unseen is None:
+            return "All of this was measured on the prompt that chose the graph, so it flatters it."
+        prompts, kept = self.unseen
+        return f"On {prompts}, which had no say in choosing it, the graph does {kept:.0%} alone."
 
     @property
     def name(self) -> str:
@@ -83,7 +93,8 @@ class Reason:
         return {
             **{k: getattr(self, k) for k in ("prompt", "answer", "instead", "tokens", "contrast", "how", "metric")},
             **{key: getattr(worth, key) for key in kept},
-            "says": worth.sentence(),
+            "says": f"{worth.sentence()} {self.tested()}",
+            "unseen": self.unseen and {"prompts": self.unseen[0], "faithfulness": self.unseen[1]},
             "of": worth.of,
             "nodes": self.graph.nodes,
             "edges": edges,
@@ -162,7 +173,31 @@ class Why(Method):
             worth=appraisal.of(parts, graph, about),
             batch=batch,
             about=about,
+            unseen=self._unseen(model, question, others, how, graph),
         )
+
+    def _unseen(
+        self, model: "PreTrainedModel", question: "_Question", others: list[list[int]], how: str, graph: Graph
+    ) -> tuple[str, float] | None:
+        """What the graph carries on the exchanged prompt, asked the other way round, or with other random tokens."""
+        if how == "exchanged":
+            words = "the exchanged prompt, asked the other way round"
+            batch = replace(question, ids=others[0], ways=question.ways[::-1]).batch([question.ids])
+        elif how == "random":
+            words, draw = "other random tokens in the same places", random.Random(f"why unseen {self.seed}")
+            pool = ordinary_ids(question.tokenizer)
+            where = {i for row in others for i, token in enumerate(row) if token != question.ids[i]}
+            fresh = [[draw.choice(pool) if i in where else t for i, t in enumerate(question.ids)] for _ in others]
+            batch = question.batch(fresh)
+        else:
+            return None
+        parts = prepare(model, batch, question.metric, len(batch), tokens=True)
+        try:
+            clean, corrupt = gap(parts)
+        except ValueError:
+            # The model does not say so there, and a graph cannot carry what there is not.
+            return None
+        return words, float(share(outcomes(parts, [graph]), clean, corrupt)[0])
 
     def _replaced(self, model: "PreTrainedModel", question: "_Question") -> list[list[int]]:
         """Contrasts in which the columns that matter most are random tokens, as few as take most of it away."""

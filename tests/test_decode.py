@@ -267,66 +267,79 @@ def test_criteria_and_processors_of_the_caller_hold_inside_drafts() -> None:
                 assert torch.equal(found.ids, asked) and found.stats.per_pass > 1
 
 
-def _chances(model: PreTrainedModel, start: Tensor, steps: int, top: int) -> dict[tuple[int, ...], float]:
-    """The probability of every continuation under top-k sampling, from the model itself."""
+def _chances(
+    model: PreTrainedModel, start: Tensor, steps: int, top: int
+) -> tuple[dict[tuple[int, ...], float], dict[tuple[int, ...], list[int]]]:
+    """The probability of every continuation under top-k sampling, from the model itself; what may follow what."""
     found: dict[tuple[int, ...], float] = {(): 1.0}
+    follows: dict[tuple[int, ...], list[int]] = {}
     for _ in range(steps):
-        longer = {}
-        for said, chance in found.items():
-            with torch.no_grad():
-                scores = model(torch.cat([start, torch.tensor([said], dtype=torch.long)], 1)).logits[0, -1].double()
-            best = scores.topk(top)
-            for token, one in zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True):
-                longer[*said, token] = chance * one
+        said = torch.tensor(list(found), dtype=torch.long).view(len(found), -1)
+        with torch.no_grad():
+            scores = model(torch.cat([start.expand(len(said), -1), said], 1)).logits[:, -1].double()
+        best, longer = scores.topk(top), {}
+        for row, (text, chance) in enumerate(found.items()):
+            follows[text] = best.indices[row].tolist()
+            for token, one in zip(follows[text], best.values[row].softmax(-1).tolist(), strict=True):
+                longer[*text, token] = chance * one
         found = longer
-    return found
+    return found, follows
 
 
 class _Chance(Drafter):
-    """Proposes in one of four ways: fixed chains, drawn chains with their distribution, and the same as trees."""
+    """Proposes what may follow, in one of four ways: fixed chains, drawn ones with their distribution, and trees."""
 
-    def __init__(self, kind: str, tokens: list[int]) -> None:
-        self.kind, self.tokens = kind, tokens
+    def __init__(self, kind: str, follows: dict[tuple[int, ...], list[int]]) -> None:
+        self.kind, self.follows = kind, follows
 
     def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
         assert sampling
-        self.q = torch.zeros(VOCAB)
-        self.q[self.tokens] = torch.arange(1.0, len(self.tokens) + 1)
-        self.q /= self.q.sum()
+        self.made: list[tuple[int, ...]] = [() for _ in texts]
 
     def accept(self, news: Mapping[int, News], read: Reading) -> None:
-        pass
+        for row, one in news.items():
+            self.made[row] += tuple(one.tokens)
 
     def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
-        return {row: self._one() for row in rooms}
+        return {row: self._one(self.made[row]) for row in rooms}
 
-    def _one(self) -> Draft:
+    def _one(self, text: tuple[int, ...]) -> Draft:
+        here = self.follows[text]
+        after = {token: self.follows.get((*text, token), here) for token in here}
+        # The least likely comes first: what is wrong then shows more.
         if self.kind == "fixed chain":
-            return Draft(self.tokens[:2])
+            return Draft([here[2], after[here[2]][1]])
         if self.kind == "fixed tree":
-            return Draft([*self.tokens[:3], *self.tokens[:2]], [-1, -1, -1, 0, 1])
+            return Draft([here[2], here[1], after[here[2]][1], after[here[2]][0]], [-1, -1, 0, 0])
+        first, q = self._drawn(here)
         if self.kind == "drawn chain":
-            return Draft(torch.multinomial(self.q, 2, replacement=True).tolist(), None, self.q.expand(2, -1))
-        first, second = torch.multinomial(self.q, 2, replacement=True).tolist()
-        third = int(torch.multinomial(self.q, 1))
-        return Draft([first, second, third], [-1, -1, 0], self.q.expand(3, -1))
+            second, r = self._drawn(after[first])
+            return Draft([first, second], None, torch.stack([q, r]))
+        sibling = self._drawn(here)[0]
+        third, r = self._drawn(after[first])
+        return Draft([first, sibling, third], [-1, -1, 0], torch.stack([q, q, r]))
+
+    def _drawn(self, tokens: list[int]) -> tuple[int, Tensor]:
+        q = torch.zeros(VOCAB)
+        q[tokens] = torch.tensor([0.2, 0.3, 0.5])
+        return int(torch.multinomial(q, 1)), q
 
 
-def _p_value(kind: str, rows: int = 400, times: int = 10) -> float:
-    """Chi-square of three tokens generated under drafts against the model's own distribution."""
+def _p_value(kind: str, rows: int = 400, times: int = 8) -> float:
+    """Chi-square of four tokens generated under drafts against the model's own distribution."""
     model = FAMILIES["llama"].build()
     with torch.no_grad():
-        model.lm_head.weight *= 0.5  # so that no continuation is all but certain
+        model.lm_head.weight *= 0.3  # so that no continuation is all but certain
     start = torch.tensor([[5, 9, 4, 11]])
-    steps, top = 3, 3
-    chances = _chances(model, start, steps, top)
-    tokens = [said[0] for said in chances][:: top ** (steps - 1)]
+    steps, top = 4, 3
+    chances, follows = _chances(model, start, steps, top)
     torch.manual_seed(7)
     counts = dict.fromkeys(chances, 0)
     how = {"max_new_tokens": steps, "do_sample": True, "top_k": top, "pad_token_id": 0, "eos_token_id": None}
     for _ in range(times):
-        found = run(Verifying(_Chance(kind, tokens)), model, start.repeat(rows, 1), how).ids[:, start.shape[1] :]
-        for said in found.tolist():
+        found = run(Verifying(_Chance(kind, follows)), model, start.repeat(rows, 1), how)
+        assert found.stats.accepted > rows / 10
+        for said in found.ids[:, start.shape[1] :].tolist():
             counts[tuple(said)] += 1
     n = rows * times
     # Cells of few expected draws are put together.

@@ -10,6 +10,7 @@ from headwise.circuits import CDT, PathPatching
 from headwise.data import Planted
 from headwise.decompose import Decomposition
 from headwise.paths import prepare
+from headwise.replicate.cd_t import ContextualDecomposition
 from headwise.scan import effects
 from headwise.stats import spearman
 from headwise.task import logit_diff
@@ -114,3 +115,14 @@ def test_planted_circuits_are_found(seed):
 def test_no_node_is_a_sentence():
     with pytest.raises(ValueError, match="nodes = 0 looks into no node"):
         CDT(nodes=0).find(ALL["llama"].build(), make("llama"))
+
+
+def test_outcomes_on_made_up_numbers():
+    def judged(kept, rivals, rank, recall):
+        found = {"precision": 1.0, "recall": recall}
+        one = ContextualDecomposition()
+        return one._judge(kept, rivals, rank, {"embed": 1e-7}, 100.0, found, 54, 270).outcome
+
+    assert judged(0.9, [0.1], 0.9, 1.0) == "holds"
+    assert judged(0.9, [0.1], 0.5, 1.0) == judged(0.9, [0.1], 0.9, 0.5) == judged(0.9, [0.95], 0.9, 1.0) == "partly"
+    assert judged(0.7, [0.1], 0.9, 1.0) == "fails"

@@ -28,6 +28,11 @@ ROWS = {
     "vit_heads": "s112",
     "razor_heads": "s124",
     "thinking_sparks": "s125",
+    "cd_t": "s100",
+    "discrete_sae": "s103",
+    "component_reuse": "s121",
+    "talking_heads": "s127",
+    "back_patching": "s139",
     "long_heads": "s115",
     "lserve": "s123",
 }

@@ -1,12 +1,12 @@
 """In-Context Linear Regression Demystified: Training Dynamics and Mechanistic Interpretability of Multi-Head Softmax
 Attention. He et al., 2025. arXiv:2503.12734
 
-Row s094 of the mission. Scaled down: 8,000 steps with a larger learning rate that decays, in place of 500,000. The
+Row s094 of the mission. Scaled down: 5,000 steps with a larger learning rate that decays, in place of 500,000. The
 valley is flat: products of KQ and OV are as in the paper long before each of the two is.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from headwise.training import Training
 from headwise.weights import Weights
 
 
-@dataclass(frozen=True)
-class Circuits:
+class Circuits(NamedTuple):
     """What the heads of one layer of attention do to x and y.
 
     Attributes:
@@ -90,12 +89,12 @@ class RegressionHeads(Experiment):
         """One a number of heads."""
         lesson = LinearRegression(length=self.length)
         training = Training(
-            steps=500_000 if self.full else 8000,
+            steps=500_000 if self.full else 5000,
             batch=256,
             lr=1e-3 if self.full else 1e-2,
             decay="none" if self.full else "cosine",
             measure_every=200,
-            rows=2048,
+            rows=512,
             checkpoint_every=2000,
         )
         return {

@@ -71,7 +71,7 @@ async function links() {
   await page.getByRole("button", { name: "Table", exact: true }).click();
   await page.locator(".hw-scroll thead button").filter({ hasText: "Role" }).click();
   found.state.sorted = await page.locator('.hw-scroll th[aria-sort="ascending"]').textContent();
-  found.state.rows = await page.locator(".hw-scroll tbody tr").count();
+  found.state.rows = await page.locator(".hw-map .hw-scroll tbody tr").count();
   found.state.address = new URL(page.url()).hash;
   await page.close();
 }

@@ -1,0 +1,163 @@
+"""How well cheap edges rank against exact path patching, and circuit discovery against its peers.
+
+python bench/circuits.py spearman [--prompts 3 --edges 120]    writes bench/results/circuits_spearman.json
+python bench/circuits.py race [--prompts 4 --rounds 2]         writes bench/results/circuits_race.json
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import env
+import machine
+import numpy as np
+import race as racing
+import torch
+from safetensors.torch import save_file
+
+import headwise as hw
+from headwise.circuits import CDT, Eap, EapIg
+from headwise.graph import Graph
+from headwise.method import load
+from headwise.paths import prepare
+from headwise.stats import spearman
+from headwise.task import Batch, logit_diff
+from headwise.worth import gap, outcomes, share
+
+TASKS = ("ioi", "greater_than", "induction")
+SIZES = (100, 300, 1000, 3000)
+PEERS = ("headwise", "circuitkit", "auto_circuit")
+
+
+def even(batch: Batch, count: int) -> Batch:
+    """The first prompts that have the most common length, without their padding."""
+    lengths = batch.inputs["attention_mask"].sum(1).tolist()
+    usual = max(set(lengths), key=lengths.count)
+    chosen = batch.take([i for i, one in enumerate(lengths) if one == usual][:count])
+    cut = chosen.ids.shape[1] - usual
+
+    def trimmed(inputs: dict) -> dict:
+        return {name: value[:, cut:] for name, value in inputs.items()}
+
+    return Batch(
+        trimmed(chosen.inputs), at=chosen.at - cut, answer=chosen.answer, foil=chosen.foil,
+        corrupt=trimmed(chosen.corrupt), texts=chosen.texts, about=chosen.about,
+    )  # fmt: skip
+
+
+def sampled(graphs: list[Graph], count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Edges that all methods weigh: a third at random, the rest from the thousand largest of the first two methods."""
+    draw = random.Random(f"edges {seed}")
+    known = sorted(set.intersection(*(set(graph.edges) for graph in graphs)))
+    found = set(draw.sample(known, min(len(known), count // 3)))
+    for graph in graphs[:2]:
+        large = sorted(set(graph.top(1000).edges).intersection(known) - found)
+        found |= set(draw.sample(large, min(len(large), count // 3)))
+    return sorted(found)
+
+
+def rank(model, tokenizer, task: str, prompts: int, count: int) -> dict:
+    """Rank correlations with exact path patching over the same edges."""
+    batch = load(f"data.{task}")().make(tokenizer, prompts, 0)
+    methods = {"eap": Eap(), "eap_ig": EapIg(), "cd_t": CDT(nodes=12)}
+    graphs, seconds = {}, {}
+    for name, method in methods.items():
+        began = time.perf_counter()
+        graphs[name] = method.find(model, batch)
+        seconds[name] = round(time.perf_counter() - began, 1)
+    edges = sampled(list(graphs.values()), count)
+    (paths,) = prepare(model, batch, logit_diff, prompts)
+    began = time.perf_counter()
+    exact = (paths.clean.cpu().float() - paths.single(edges, 8)).mean(1).numpy()
+    seconds["exact"] = round(time.perf_counter() - began, 1)
+    found = {name: np.array([graph[edge] for edge in edges]) for name, graph in graphs.items()}
+    return {
+        "task": task, "prompts": prompts, "edges": len(edges), "of": len(paths.all()), "seconds": seconds,
+        "spearman": {name: round(spearman(values, exact), 3) for name, values in found.items()},
+        "of_sizes": {name: round(spearman(abs(values), abs(exact)), 3) for name, values in found.items()},
+        "largest_exact": round(float(abs(exact).max()), 3),
+    }  # fmt: skip
+
+
+def spearmans(prompts: int, edges: int) -> None:
+    model, tokenizer = hw.open_model("default")
+    rows = []
+    for task in TASKS:
+        rows.append(rank(model, tokenizer, task, prompts, edges))
+        # What is done is kept, should a later task be stopped.
+        racing.save("circuits_spearman", {"rows": rows, "machine": machine.facts(), "torch": torch.__version__})
+
+
+def race(prompts: int, rounds: int, envs: Path) -> None:
+    """Every contestant scores all edges of the same prompts; its largest edges are then a circuit, on other prompts."""
+    from headwise.convert import default_model_path
+
+    folder = str(default_model_path())
+    model, tokenizer = hw.open_model("default")
+    task = load("data.ioi")()
+    few, held = even(task.make(tokenizer, 8 * prompts, 0), prompts), even(task.make(tokenizer, 32, 1), 8)
+    parts = prepare(model, held, logit_diff, 8)
+    clean, corrupt = gap(parts)
+    found = {"prompts": len(few), "tokens": few.ids.shape[1], "held_out": len(held), "sizes": SIZES, "rows": []}
+    with tempfile.TemporaryDirectory() as room:
+        file = os.path.join(room, "batch.safetensors")
+        save_file(
+            {
+                "clean": few.ids.contiguous(), "corrupt": few.corrupt["input_ids"].contiguous(),
+                "answer": few.answer[:, 0].contiguous(), "foil": few.foil[:, 0].contiguous(),
+            },
+            file,
+        )  # fmt: skip
+        for job in ("eap", "eap_ig"):
+            for name in PEERS:
+                out = os.path.join(room, f"{name}.json")
+                command = [env.python_of(name, envs), str(Path(__file__).with_name("circuits_worker.py"))]
+                quiet = {"HF_HUB_OFFLINE": "1", "HEADWISE_PROGRESS": "0", "PYTHONWARNINGS": "ignore"}
+                done = subprocess.run(
+                    [*command, name, job, folder, file, out, str(rounds)],
+                    env={**os.environ, **quiet}, capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                if done.returncode:
+                    found["rows"].append({"job": job, "name": name, "failed": done.stderr[-600:]})
+                    continue
+                row = json.loads(Path(out).read_text())
+                kept = faithful(parts, row.pop("scores"), clean, corrupt)
+                found["rows"].append({"job": job, "name": name, **row, **kept, "load": os.getloadavg()[0]})
+                racing.save("circuits_race", {**found, "machine": machine.facts(), "versions": versions(envs)})
+
+
+def faithful(parts, scores: dict[str, float], clean: np.ndarray, corrupt: np.ndarray) -> dict:
+    """Share of the gap that circuits of equal size do alone; edges that headwise does not have are counted."""
+    edges = parts[0].all()
+    known = {f"{s} {t}": (s, t) for s, t in edges}
+    values = np.array([scores.get(name, float("nan")) for name in known]).reshape(-1, 1)
+    graph = Graph.of_edges(EapIg(), parts[0].model, None, parts[0].edges.heads, list(known.values()), values)
+    circuits = [graph.grown(size).pruned() for size in SIZES]
+    kept = share(outcomes(parts, circuits), clean, corrupt)
+    return {
+        "faithfulness": {size: round(float(value), 3) for size, value in zip(SIZES, kept, strict=True)},
+        "edges": len(scores), "missing": int(np.isnan(values).sum()), "unknown": len(set(scores) - set(known)),
+    }  # fmt: skip
+
+
+def versions(envs: Path) -> dict[str, dict[str, str]]:
+    return {name: env.versions(env.python_of(name, envs)) for name in PEERS}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=("spearman", "race"))
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--edges", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--envs")
+    given = parser.parse_args()
+    if given.job == "spearman":
+        spearmans(given.prompts, given.edges)
+    else:
+        race(given.prompts, given.rounds, env.folder_of(given.envs))

@@ -1,0 +1,91 @@
+"""The circuits' part of docs/bench.md."""
+
+import statistics
+from collections.abc import Callable
+
+NAMES = {"headwise": "**headwise**", "circuitkit": "circuitkit", "auto_circuit": "AutoCircuit"}
+JOBS = {"eap": "EAP, one gradient", "eap_ig": "EAP-IG, five gradients"}
+METHODS = {"eap": "EAP", "eap_ig": "EAP-IG", "cd_t": "CD-T"}
+
+
+def circuits(load: Callable[[str], dict | None]) -> str:
+    """Both sections, each where it has been run."""
+    return "\n\n".join(part for part in (ranks(load("circuits_spearman")), race(load("circuits_race"))) if part)
+
+
+def ranks(found: dict | None) -> str:
+    """Cheap edges beside exact ones."""
+    if found is None:
+        return ""
+    rows = found["rows"]
+    names = list(rows[0]["spearman"])
+    head = "| task | prompts | edges | " + " | ".join(METHODS[n] for n in names)
+    lines = [
+        head + " | " + " | ".join(f"{METHODS[n]}, sizes" for n in names) + " |",
+        "| --- " * (3 + 2 * len(names)) + "|",
+    ]
+    for r in rows:
+        values = [f"{r[key][n]:.2f}" for key in ("spearman", "of_sizes") for n in names]
+        lines.append(f"| {r['task']} | {r['prompts']} | {r['edges']} of {r['of']} | {' | '.join(values)} |")
+    seconds = ", ".join(f"{n} {sum(r['seconds'][n] for r in rows):.0f}" for n in rows[0]["seconds"])
+    text = (
+        "Rank correlations with exact path patching over the same edges of the default model: a third drawn at random, "
+        "a third each from the thousand largest of EAP and of EAP-IG, all among the edges that CD-T weighs. *Sizes* "
+        f"leave the sign out. Seconds of all tasks, on a machine that others used as well: {seconds}."
+    )
+    about = f"{found['when']}; torch {found['torch']}; `python bench/circuits.py spearman`."
+    return "\n\n".join(
+        ["## Edges by gradient and by decomposition beside exact path patching", text, "\n".join(lines), about]
+    )
+
+
+def race(found: dict | None) -> str:
+    """Time and faithfulness at equal edges."""
+    if found is None:
+        return ""
+    sizes = [str(size) for size in found["sizes"]]
+    lines = [
+        f"| | | processor seconds | wall seconds | {' | '.join(f'{size} edges' for size in sizes)} |",
+        "| --- " * (4 + len(sizes)) + "|",
+    ]
+    failed, cpu = [], {}
+    for r in found["rows"]:
+        if "failed" in r:
+            failed.append(f"{NAMES[r['name']]} failed at {JOBS[r['job']]}: {r['failed'].strip().splitlines()[-1]}")
+            continue
+        cpu[r["job"], r["name"]] = statistics.median(c["cpu"] for c in r["clocks"])
+        clocks = [statistics.median(c[key] for c in r["clocks"]) for key in ("cpu", "wall")]
+        kept = [f"{r['faithfulness'][size]:.0%}" for size in sizes]
+        lines.append(
+            f"| {JOBS[r['job']]} | {NAMES[r['name']]} | {clocks[0]:.1f} | {clocks[1]:.1f} | {' | '.join(kept)} |"
+        )
+    goals = [
+        f"{JOBS[job]}: {value / cpu[job, 'headwise']:.1f} times faster than {NAMES[name]}"
+        for (job, name), value in cpu.items()
+        if name != "headwise" and (job, "headwise") in cpu
+    ]
+    apart = [r["logits_apart"] for r in found["rows"] if r.get("logits_apart") is not None]
+    text = (
+        f"Indirect objects on the default model, {found['prompts']} prompts of {found['tokens']} tokens; every "
+        "contestant weighs all edges, and its largest ones, grown backwards from the logits, are a circuit: the share "
+        f"of the logit difference that the circuit keeps on {found['held_out']} other prompts, all other edges "
+        "patched. Both peers run the model in TransformerLens 3.8, whose registry does not know it; it was converted "
+        "by its own converter "
+        f"for Llama (largest difference of a logit {max(apart, default=float('nan')):.0e}). AutoCircuit averages over "
+        "masks where EAP-IG averages over inputs. Weights of keys and values are summed over the heads that share them."
+    )
+    versions = "; ".join(
+        f"{name} {v.get(name.replace('_', '-'), v.get('headwise', ''))} (torch {v['torch']}, transformers "
+        f"{v['transformers']})".replace("  ", " ")
+        for name, v in found.get("versions", {}).items()
+    )
+    loads = [r["load"] for r in found["rows"] if "load" in r]
+    about = (
+        f"{found['when']}; {versions}. Load of the machine {min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
+    )
+    said = "Goal at least 3 times faster. " + "; ".join(goals) + "." if goals else ""
+    return "\n\n".join(
+        part
+        for part in ("## Circuit discovery beside its peers", text, "\n".join(lines), said, " ".join(failed), about)
+        if part
+    )
