@@ -4,7 +4,7 @@ What is kept after n tokens follows from n alone, not from how they were cut int
 depend on the cut, as in the paper: all of its own forward pass, and of what came before only what was kept.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 from headwise.kv_cache import CacheMethod
 from headwise.narrow import Window
 from headwise.store import Store, Turn, mix
-
-SINGLE = 32  # where turns may be taken back, those up to this length are drafts, to be read as single tokens would be
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class _Compensated(Store):
 
     @property
     def one_by_one(self) -> int:
-        """Each token of a short turn drops what is too old for the next."""
-        return SINGLE
+        """A turn of several tokens sees what was kept before it; only single tokens give what single tokens give."""
+        return 1
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see all that was kept and the new tokens up to their own; then what is too old is dropped."""
@@ -80,10 +78,6 @@ class _Compensated(Store):
             self.remember(k, v, turn)
             seen = None if turn.pads is None else turn.seen(columns, columns)
             return mix(q, k, v, seen, turn, causal=seen is None)
-        if self.recording and 1 < len(columns) <= SINGLE:
-            parts = [one.split(1, 2) for one in (q, k, v)]
-            turns = [replace(turn, past=turn.past + i) for i in range(len(columns))]
-            return torch.cat([self.read(*one) for one in zip(*parts, turns, strict=True)], 2)
         self._append(k, v, turn)
         bias = self.bias[:, :, : self.stop].transpose(2, 3)
         if len(columns) > 1:
