@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from headwise.attach import caching
 from headwise.kv_cache import KVCache
 from headwise.progress import hidden
-from headwise.quality import bytes_of
+from headwise.recall import bytes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from headwise.anatomy import anatomy, nearest_unit
+from headwise.mask_reader import MaskReader
 from headwise.method import Method
 from headwise.rotary import Rotate, rotation
 from headwise.store import Full, Store, Turn
@@ -41,46 +42,6 @@ class CacheMethod(Method):
 
 
 @dataclass
-class _Masks:
-    """What the mask of a forward pass says, found once for all layers."""
-
-    mask: Tensor | None = None
-    read: "tuple[Tensor | None, Tensor | None]" = (None, None)
-
-    def of(self, mask: Tensor | None, past: int, length: int, rows: int) -> "tuple[Tensor | None, Tensor | None]":
-        """(left padding of each row or None, the whole mask or None where causal order and padding say it all)."""
-        if mask is None:
-            return None, None
-        if mask is not self.mask:
-            self.mask, self.read = mask, _read_mask(mask, past, length, rows)
-        return self.read
-
-    def forget(self) -> None:
-        """Hold nothing once the last layer has read it: a mask can be larger than the cache."""
-        self.mask, self.read = None, (None, None)
-
-
-def _read_mask(mask: Tensor, past: int, length: int, rows: int) -> "tuple[Tensor | None, Tensor | None]":
-    if mask.ndim == 2:
-        columns = torch.arange(past + length, device=mask.device)
-        mask = mask.bool()[:, None, None, :] & (columns <= columns[past:, None])
-    elif mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    mask = mask[..., : past + length]
-    last = mask[:, 0, -1]
-    # A row in which the last token sees nothing is padding as far as it goes.
-    pads = torch.where(last.any(-1), last.int().argmax(-1), past + length)
-    turn = Turn(past, pads)
-    columns = torch.arange(past + length, device=mask.device)
-    expected = turn.seen(columns[past:], columns)
-    # Rows of padding may see anything or nothing; nobody reads what comes of them.
-    real = (columns[past:] >= pads[:, None])[:, None, :, None]
-    if bool(((mask[:, :1] == expected) | ~real).all()) and mask.shape[1] == 1:
-        return (pads.expand(rows) if bool(pads.any()) else None), None
-    return None, mask
-
-
-@dataclass
 class _Part:
     """The KV heads of one layer that are treated alike."""
 
@@ -97,7 +58,7 @@ class KVLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, number: int, methods: list[CacheMethod], masks: _Masks, rotate: Callable[[], Rotate | None]):
+    def __init__(self, number: int, methods: list[CacheMethod], masks: MaskReader, rotate: Callable[[], Rotate | None]):
         super().__init__()
         self.number = number
         self.methods = methods
@@ -280,7 +241,7 @@ class KVCache(Cache):
                     f"{unit} is no KV head whose cache can be chosen in this {model.config.model_type}; "
                     f"there are {len(units)}, {units[0]} to {units[-1]}.{nearest_unit(unit, units)}"
                 )
-        masks, found = _Masks(), _Lazy(weakref.ref(model))
+        masks, found = MaskReader(), _Lazy(weakref.ref(model))
         layers: list = list(_own_layers(model))
         for number, count in full.items():
             methods = [treatments.get(f"L{number}.G{i}", _EVERYTHING) for i in range(count)]

@@ -19,6 +19,7 @@ from headwise.matmul import fast_matmul
 from headwise.method import load
 from headwise.plan import Plan, Trial, as_data, held_share, kv_values, named_method
 from headwise.progress import hidden
+from headwise.recall import retrieval
 from headwise.score import Score, provenance
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _best(
                     making.then,
                 )
                 rights = [
-                    quality.retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update)
+                    retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update)
                     .tokens.float()
                     .mean()
                     for batch in batches.values()

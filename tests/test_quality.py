@@ -16,7 +16,8 @@ from headwise.data.passkeys import Passkeys
 from headwise.data.planted import Planted
 from headwise.data.repeated_tokens import RepeatedTokens
 from headwise.data.verbatim import Verbatim
-from headwise.quality import TASKS, Quality, bytes_of, compare, perplexity, retrieval
+from headwise.quality import TASKS, Quality, compare
+from headwise.recall import bytes_of, perplexity, retrieval
 from headwise.task import answer_logits, with_needle
 
 

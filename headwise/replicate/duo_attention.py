@@ -14,7 +14,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from headwise import quality
 from headwise.attach import caching
 from headwise.cache import Duo
 from headwise.data import HeldOut, Needle, Passkeys
@@ -24,6 +23,7 @@ from headwise.matmul import fast_matmul
 from headwise.models import open_model
 from headwise.narrow import Window, alone, streaming
 from headwise.progress import hidden
+from headwise.recall import perplexity, retrieval
 from headwise.replicate import Outcome, Replication, settle
 from headwise.task import Batch, with_needle
 
@@ -82,10 +82,10 @@ class DuoAttention(Replication):
         with tqdm(total=total, desc="s104 caches", disable=hidden(), leave=False) as bar:
             for name, full in caches.items():
                 make = None if full is None else lambda full=full: Duo().split(model, full, reserve=room)
-                got = quality.retrieval(model, tokenizer, needles, make, step=bar.update)
+                got = retrieval(model, tokenizer, needles, make, step=bar.update)
                 found[name] = 100 * got.accuracy
                 size[name] = float(got.bytes.float().mean())
-                nats[name] = float(quality.perplexity(model, texts.ids, make, step=bar.update).mean())
+                nats[name] = float(perplexity(model, texts.ids, make, step=bar.update).mean())
         return found, nats, size
 
     def _apart(self, model: PreTrainedModel, needles: Batch, full: list[str]) -> float:

@@ -18,7 +18,7 @@ from headwise.kv_cache import kv_units
 from headwise.matmul import fast_matmul
 from headwise.models import open_model
 from headwise.progress import hidden
-from headwise.quality import retrieval
+from headwise.recall import retrieval
 from headwise.replicate import Outcome, Replication, settle
 from headwise.replicate.far import Made, last_logits, nats
 from headwise.task import with_needle

@@ -1,0 +1,215 @@
+"""What a model still knows of a text that it reads through one KV cache: secrets found again, and text predicted.
+
+The context goes in first, and what is asked comes in a forward pass of its own, so that an answer can only come from
+what the cache kept. Prompts run one at a time and without padding.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from headwise.attach import caching
+from headwise.kv_cache import KVCache
+from headwise.task import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
+
+    MakeCache = Callable[[], Cache] | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to a batch.
+
+    Attributes:
+        tokens: [B, P] whether each token of the answers was said; right: [B, A] whether all tokens of an answer were.
+        said: for each prompt its answers as text.
+        bytes: [B] bytes of the cache's tensors after the last answer.
+    """
+
+    tokens: Tensor
+    right: Tensor
+    said: list[list[str]]
+    bytes: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of answers that are right in every token."""
+        return float(self.right.float().mean())
+
+
+def retrieval(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: Batch,
+    cache: "MakeCache" = None,
+    chunk: int | None = None,
+    *,
+    forced: bool = False,
+    apart: bool = True,
+    step: Callable[[], object] = tuple,
+) -> Answers:
+    """Let the model read each prompt through a fresh cache and answer it greedily, one token at a time.
+
+    Columns of `batch.at` that follow each other are one answer. Where a prompt asks several times, each question is
+    read behind the answers that the model gave before.
+
+    Args:
+        batch: `at` and `answer` [B, P] in ascending columns, the same split into answers in every row.
+        cache: makes a fresh cache for `past_key_values`; None is the model's own.
+        chunk: tokens at most in one forward pass of the context; None reads it at once.
+        forced: read the right answers in place of the model's own. An answer is right either way or neither, but a
+            wrong one does not mislead those after it.
+        apart: the question (span "question"; the last token where there is none) is read after the context. When False
+            the whole prompt is one prefill, so a cache that drops keys behind a pass shows nothing in the first token.
+        step: called after each prompt.
+
+    Raises:
+        ValueError: a chunk below 1, a cache that is not fresh, or rows whose answers are split differently.
+    """
+    _check_chunk(chunk)
+    rows, runs = [], None
+    for row in range(len(batch)):
+        ids, columns, start = _row(batch, row)
+        mine = _runs(columns)
+        if runs is not None and mine != runs:
+            raise ValueError(f"Row {row} has answers of {mine} tokens, the first row of {runs}; they must be the same.")
+        runs = mine
+        with _reading(model, cache) as past:
+            said = _answer(past, ids, columns, start if apart else columns[0] + 1, chunk, forced)
+            rows.append((said, bytes_of(past.cache)))
+        step()
+    said = torch.tensor([one for one, _ in rows])
+    tokens, parts = said == batch.answer.cpu(), said.split(runs, 1)
+    return Answers(
+        tokens=tokens,
+        right=torch.stack([part.all(1) for part in tokens.split(runs, 1)], 1),
+        said=[[tokenizer.decode(part[row]) for part in parts] for row in range(len(said))],
+        bytes=torch.tensor([size for _, size in rows]),
+    )
+
+
+def perplexity(
+    model: "PreTrainedModel",
+    ids: Tensor,
+    cache: "MakeCache" = None,
+    prefill: int | None = None,
+    chunk: int = 32,
+    *,
+    step: Callable[[], object] = tuple,
+) -> Tensor:
+    """Loss on text that is read through a cache: a prefill, then the rest in small chunks. exp of it is perplexity.
+
+    Args:
+        ids: [B, T] token ids without padding.
+        cache: as in `retrieval`.
+        prefill: tokens of the first pass, 1 to T - 1; None is half of T. Only tokens behind it count.
+        chunk: tokens of each later pass. Within a pass a token always sees those before it.
+        step: called after each row.
+
+    Returns:
+        [B] mean nats a token.
+
+    Raises:
+        ValueError: a prefill or a chunk that leaves nothing to predict, or a cache that is not fresh.
+    """
+    _check_chunk(chunk)
+    length = ids.shape[1]
+    prefill = max(1, length // 2) if prefill is None else prefill
+    if not 1 <= prefill < length:
+        raise ValueError(f"A prefill of {prefill} tokens was asked for; a text of {length} allows 1 to {length - 1}.")
+    losses = []
+    for row in ids.to(model.device):
+        with _reading(model, cache) as past:
+            logits = [past.read(row[:prefill], 1)]
+            for start in range(prefill, length - 1, chunk):
+                part = row[start : min(start + chunk, length - 1)]
+                logits.append(past.read(part, len(part)))
+        losses.append(torch.nn.functional.cross_entropy(torch.cat(logits).float(), row[prefill:]))
+        step()
+    return torch.stack(losses).cpu()
+
+
+def bytes_of(cache: "Cache") -> int:
+    """Bytes of the memory behind a cache's tensors, each piece counted once."""
+    if isinstance(cache, KVCache):
+        return cache.bytes()
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+class _Past:
+    """A model, and the cache through which it reads."""
+
+    def __init__(self, model: "PreTrainedModel", cache: "Cache | None") -> None:
+        self.model, self.cache = model, cache
+        self.short = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+    def read(self, ids: Tensor, keep: int) -> Tensor:
+        """Read ids [Q] and return the last `keep` rows of logits [keep, V]."""
+        less = {"logits_to_keep": keep} if self.short else {}
+        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, **less)
+        self.cache = out.past_key_values
+        return out.logits[0, -keep:]
+
+
+@contextmanager
+def _reading(model: "PreTrainedModel", make: "MakeCache") -> Iterator[_Past]:
+    """A fresh cache to read through; the model's attention is led to it where it is one of headwise."""
+    cache = None if make is None else make()
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            f"The cache holds {cache.get_seq_length()} tokens; each prompt needs a fresh one from the function given."
+        )
+    was = model.training
+    with caching(model) if isinstance(cache, KVCache) else nullcontext(), torch.no_grad():
+        model.eval()
+        try:
+            yield _Past(model, cache)
+        finally:
+            model.train(was)
+
+
+def _answer(past: _Past, ids: Tensor, columns: list[int], start: int, chunk: int | None, forced: bool) -> list[int]:
+    """The tokens said at `columns` of one prompt ids [T], whose question begins at column `start`."""
+    ids = ids.to(past.model.device)
+    for begin in range(0, start, chunk or max(1, start)):
+        logits = past.read(ids[begin : min(begin + (chunk or start), start)], 1)
+    if start <= columns[0]:
+        logits = past.read(ids[start : columns[0] + 1], 1)
+    said = [int(logits[0].argmax())]
+    for last, column in zip(columns, columns[1:], strict=False):
+        fresh = ids[last + 1 : column + 1].clone()
+        if not forced:
+            fresh[0] = said[-1]
+        said.append(int(past.read(fresh, 1)[0].argmax()))
+    return said
+
+
+def _row(batch: Batch, row: int) -> tuple[Tensor, list[int], int]:
+    """Ids of one prompt without its padding, the columns that are read, and where its question begins."""
+    mask = batch.inputs.get("attention_mask")
+    pads = 0 if mask is None else int((mask[row] == 0).sum())
+    columns = [int(column) - pads for column in batch.at[row]]
+    start = columns[0]
+    if "question" in batch.spans:
+        start = min(start, int(batch.spans["question"][row, 0]) - pads)
+    return batch.ids[row, pads:], columns, start
+
+
+def _runs(columns: list[int]) -> list[int]:
+    """How many columns follow each other without a gap, run by run."""
+    starts = [i for i, column in enumerate(columns) if i == 0 or column != columns[i - 1] + 1]
+    return [stop - start for start, stop in zip(starts, [*starts[1:], len(columns)], strict=True)]
+
+
+def _check_chunk(chunk: int | None) -> None:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"A chunk of {chunk} tokens was asked for; allowed is 1 or more.")
