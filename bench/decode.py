@@ -1,6 +1,6 @@
 """Decoding with drafts side by side on the default model: seconds, tokens a pass, and identical tokens.
 
-python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--plan FILE]
+python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--plan FILE] [--only NAME ...]
     answers that repeat a text and answers that do not: plain greedy, transformers' prompt lookup, CopySpec, copying by
     heads, and with a plan the plan alone and plan + CopySpec; contestants in turns in one process
 python bench/decode.py batch [--requests 48] [--rows 4]
@@ -67,16 +67,16 @@ def about(**how) -> dict:
     return {"machine": machine.facts(), "versions": race.particulars_of_ours(), "how": how}
 
 
-def speed(requests: int, tokens: int, rounds: int, plan: str | None) -> None:
+def speed(requests: int, tokens: int, rounds: int, plan: str | None, only: list[str]) -> None:
     """One row at a time."""
     model, tokenizer = open_model()
-    drafts = methods(model, tokenizer)
+    drafts = {name: one for name, one in methods(model, tokenizer).items() if not only or name in only}
     ways = {**usual(), **{name: Way(method) for name, method in drafts.items()}}
     if plan is not None:
         loaded = Plan.load(plan)
         loaded.check(model)
         ways["plan"] = Way(treatments=loaded.treatments())
-        ways["plan + CopySpec"] = Way(drafts["CopySpec"], treatments=loaded.treatments())
+        ways["plan + CopySpec"] = Way(decode.CopySpec(), treatments=loaded.treatments())
     rows, began = [], os.getloadavg()[0]
     for kind, make in (("repeats", copying), ("open", open_ended)):
         found = compare(model, tokenizer, ways, make(tokenizer, requests), tokens=tokens, rounds=rounds)
@@ -153,9 +153,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--plan")
+    parser.add_argument("--only", nargs="*", default=[], help="speed: drafters by their names in `methods`")
     given = parser.parse_args()
     if given.job == "speed":
-        speed(given.requests, given.tokens, given.rounds, given.plan)
+        speed(given.requests, given.tokens, given.rounds, given.plan, given.only)
     elif given.job == "batch":
         batch(given.requests, given.tokens, given.rounds, given.rows)
     else:
