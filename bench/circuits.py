@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import tempfile
 import time
@@ -25,29 +26,14 @@ from headwise.circuits import CDT, Eap, EapIg
 from headwise.graph import Graph
 from headwise.method import load
 from headwise.paths import prepare
+from headwise.replicate.head_subspaces import even
 from headwise.stats import spearman
-from headwise.task import Batch, logit_diff
+from headwise.task import logit_diff
 from headwise.worth import gap, outcomes, share
 
 TASKS = ("ioi", "greater_than", "induction")
 SIZES = (100, 300, 1000, 3000)
 PEERS = ("headwise", "circuitkit", "auto_circuit")
-
-
-def even(batch: Batch, count: int) -> Batch:
-    """The first prompts that have the most common length, without their padding."""
-    lengths = batch.inputs["attention_mask"].sum(1).tolist()
-    usual = max(set(lengths), key=lengths.count)
-    chosen = batch.take([i for i, one in enumerate(lengths) if one == usual][:count])
-    cut = chosen.ids.shape[1] - usual
-
-    def trimmed(inputs: dict) -> dict:
-        return {name: value[:, cut:] for name, value in inputs.items()}
-
-    return Batch(
-        trimmed(chosen.inputs), at=chosen.at - cut, answer=chosen.answer, foil=chosen.foil,
-        corrupt=trimmed(chosen.corrupt), texts=chosen.texts, about=chosen.about,
-    )  # fmt: skip
 
 
 def sampled(graphs: list[Graph], count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -100,7 +86,8 @@ def race(prompts: int, rounds: int, envs: Path) -> None:
     folder = str(default_model_path())
     model, tokenizer = hw.open_model("default")
     task = load("data.ioi")()
-    few, held = even(task.make(tokenizer, 8 * prompts, 0), prompts), even(task.make(tokenizer, 32, 1), 8)
+    few = even(task.make(tokenizer, 8 * prompts, 0)).take(slice(0, prompts))
+    held = even(task.make(tokenizer, 32, 1)).take(slice(0, 8))
     parts = prepare(model, held, logit_diff, 8)
     clean, corrupt = gap(parts)
     found = {"prompts": len(few), "tokens": few.ids.shape[1], "held_out": len(held), "sizes": SIZES, "rows": []}
@@ -123,12 +110,19 @@ def race(prompts: int, rounds: int, envs: Path) -> None:
                     env={**os.environ, **quiet}, capture_output=True, text=True, check=False,
                 )  # fmt: skip
                 if done.returncode:
-                    found["rows"].append({"job": job, "name": name, "failed": done.stderr[-600:]})
-                    continue
-                row = json.loads(Path(out).read_text())
-                kept = faithful(parts, row.pop("scores"), clean, corrupt)
-                found["rows"].append({"job": job, "name": name, **row, **kept, "load": os.getloadavg()[0]})
+                    found["rows"].append({"job": job, "name": name, "failed": last_words(done.stderr)})
+                else:
+                    row = json.loads(Path(out).read_text())
+                    kept = faithful(parts, row.pop("scores"), clean, corrupt)
+                    found["rows"].append({"job": job, "name": name, **row, **kept, "load": os.getloadavg()[0]})
+                # What is done is kept, should a later contestant be stopped.
                 racing.save("circuits_race", {**found, "machine": machine.facts(), "versions": versions(envs)})
+
+
+def last_words(text: str) -> str:
+    """The last line that a worker wrote, files by their names alone: folders of a machine stay on it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"(?<![:/\w])(?:/[\w.~+@-]+)+/", "", lines[-1] if lines else "it said nothing")
 
 
 def faithful(parts, scores: dict[str, float], clean: np.ndarray, corrupt: np.ndarray) -> dict:

@@ -81,6 +81,8 @@ class CircuitKit:
 
     def run(self, job: str) -> dict:
         batch, rows = self.batch, torch.arange(len(self.batch["clean"]))
+        # EAP goes back to the embedding, so that must ask for a gradient; EAP-IG puts in one that does.
+        self.model.W_E.requires_grad_(job == "eap")
 
         def metric(logits, clean_logits, lengths, label):
             last = logits[:, -1]

@@ -17,8 +17,9 @@ PEERS = {
     "nnsight": "nnsight==0.8.1",
     "kvpress": "kvpress==0.5.5",
     "circuitkit": "circuitkit==0.2.0",
-    # It asks for TransformerLens 1.13 or later, and the HookedTransformer that it imports is gone since 4.0.
-    "auto_circuit": "auto-circuit==1.0.1 transformer-lens==3.8.0",
+    # It asks for TransformerLens 1.13 or later, and the HookedTransformer that it imports is gone since 4.0; it imports
+    # `attr` without asking for it.
+    "auto_circuit": "auto-circuit==1.0.1 transformer-lens==3.8.0 attrs",
 }
 SHOWN = (
     "torch", "transformers", "transformer-lens", "nnsight", "kvpress", "circuitkit", "auto-circuit", "numpy",
@@ -32,19 +33,22 @@ def folder_of(given: str | None) -> Path:
 
 
 def python_of(peer: str, envs: Path) -> str:
-    """The interpreter that runs a contestant; our own where it is no peer. Makes the environment on first use."""
+    """The interpreter that runs a contestant; our own where it is no peer. Makes the environment on first use, and adds
+    to it what `PEERS` asks for since.
+    """
     if peer not in PEERS:
         return sys.executable
     place = envs / peer
-    python = place / "bin" / "python"
-    if not (place / ".made").exists():
-        envs.mkdir(parents=True, exist_ok=True)
-        venv.create(place, with_pip=True, clear=True)
+    python, made = place / "bin" / "python", place / ".made"
+    if not made.exists() or made.read_text() != PEERS[peer]:
+        if not made.exists():
+            envs.mkdir(parents=True, exist_ok=True)
+            venv.create(place, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         done = subprocess.run([*pip, TORCH, *PEERS[peer].split()], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{PEERS[peer]} could not be installed:\n{done.stderr[-2000:]}")
-        (place / ".made").touch()
+        made.write_text(PEERS[peer])
     return str(python)
 
 
