@@ -28,6 +28,11 @@ class CopySpecReplication(Replication):
         "Copying from the context saves most forward passes where a text is repeated, and costs none."
     )
     paper: ClassVar[str] = "2.35x faster on CNN/DM, 3.08x on second turns of MT-Redundant, the same output"
+    changed: ClassVar[str] = (
+        "after a first look at what the default model answers, answers were begun with the first six words of the "
+        "passage, and the request to summarise in two sentences became one to shorten a text and keep its sentences. "
+        "Both make answers copy more. The thresholds were written down after that look and before the run."
+    )
 
     gamma: ClassVar[int] = 3
     tokens: ClassVar[int] = 48
