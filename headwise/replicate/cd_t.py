@@ -40,7 +40,7 @@ class ContextualDecomposition(Replication):
     fewer: ClassVar[float] = 5.0
 
     def run(self, seed: int = 0) -> Outcome:
-        """Faithfulness of the heads worth most, held-out, beside that of random heads of the same layers."""
+        """Faithfulness of the heads worth most, held-out, beside that of as many heads drawn at random."""
         model, tokenizer = open_model("default")
         few = IOI().make(tokenizer, 8 if self.full else 4, seed)
         (paths,) = prepare(model, few, logit_diff, len(few))
