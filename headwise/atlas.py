@@ -98,7 +98,7 @@ class Atlas:
                 raise ValueError(
                     f"{path} is the atlas of {atlas.about['model']} with weights {atlas.about['fingerprint']}, "
                     f"not of {name_of(model)} "
-                    f"with weights {mark}. Choose another folder."
+                    f"with weights {mark}. Choose another folder (map: --out, why: --atlas)."
                 )
             return atlas
         body = anatomy(model)

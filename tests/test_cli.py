@@ -5,13 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import polars as pl
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from command_line import run, tiny_decoder, words_tokenizer
 
 from headwise import cli
 from headwise.atlas import Atlas
@@ -20,20 +19,6 @@ from headwise.data.planted import Planted
 from headwise.score import COLUMNS, Score
 
 NAN = float("nan")
-
-
-def run(capsys, *words):
-    """The command line in this process: exit code, stdout, stderr."""
-    before, sys.argv = sys.argv, ["headwise", *map(str, words)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return SimpleNamespace(code=code, out=out, err=err, lines=err.strip().splitlines())
 
 
 def refused(result, *parts):
@@ -46,32 +31,9 @@ def refused(result, *parts):
         assert part in result.err
 
 
-def words_tokenizer(size=120):
-    vocab = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, size)}}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]")
-
-
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    words_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_decoder(tmp_path_factory.mktemp("models") / "tiny-decoder")
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +145,7 @@ def test_an_unknown_command_has_a_nearest_name(capsys):
         (("prove", "default", "L0.H0", "sink"), ("can be seen but not proved",)),
         (("prove", "default", "L0.H99", "induction"), ("'L0.H99' is not a head of SmolLM2-135M-Instruct",)),
         (("report", "no-such-atlas"), ("no-such-atlas is not an atlas",)),
-        (("replicate", "s05"), ("There is no replication 's05'", "s058")),
+        (("replicate", "s0588"), ("There is no replication 's0588'", "s058")),
     ],
 )
 def test_bad_words_are_one_sentence(capsys, tmp_path, monkeypatch, words, parts):
