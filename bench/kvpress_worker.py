@@ -49,11 +49,12 @@ def run(model, press, rows: list) -> tuple[int, int, float]:
                 with press(model):
                     model.model(ids, past_key_values=cache)
             seen = len(context)
-            said: list[int] = []
+            before: list[int] = []
             for question, answer in asked:
-                # The last token of an answer is read together with the question that follows.
-                feed = said[-1:] + question
-                said = []
+                # The last token of an answer is read together with the question that follows. What is read are the
+                # right tokens, as in headwise.recall: a wrong one misleads nothing behind it.
+                feed, said = before[-1:] + question, []
+                before = answer
                 while len(said) < len(answer):
                     places = torch.arange(seen, seen + len(feed))
                     out = model(
@@ -64,7 +65,7 @@ def run(model, press, rows: list) -> tuple[int, int, float]:
                     )
                     seen += len(feed)
                     said.append(int(out.logits[0, -1].argmax()))
-                    feed = [said[-1]]
+                    feed = [answer[len(said) - 1]]
                 right += int(said == answer)
                 total += 1
         sizes.append(size(cache))
@@ -95,7 +96,7 @@ def main() -> None:
                 right, total, mean = run(model, press, rows)
                 scores[task] = right / total
                 sizes.append(mean)
-            found[name] = {"accuracy": scores, "bytes": sum(sizes) / len(sizes)}
+            found[name] = {"accuracy": scores, "bytes": sum(sizes) / len(sizes), "forced": True}
         except Exception as problem:
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"[:300]}
     print(json.dumps(found))

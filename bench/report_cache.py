@@ -136,7 +136,15 @@ def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     intro = (
         f"{found['length']} tokens; the plan keeps {found['plan'].get('full', 0)} of "
         f"{sum(found['plan'].values())} KV heads full. Bytes as they are held when a prompt is answered; in those of 8 "
-        "bits every number is coded by torchao. kvpress 0.5.5 runs in an environment of its own (transformers 5.2.0), "
-        "on the same prompts."
+        "bits every number is coded by torchao. Contexts are read before the questions, so SnapKV and Ada-KV choose "
+        "without having seen them; they keep as many tokens as the plan has bytes for, and the rest of what they hold "
+        "is room for later tokens. kvpress 0.5.5 runs in an environment of its own (transformers 5.2.0), on the same "
+        "prompts."
     )
+    peers = [row for row in found.get("kvpress", {}).values() if "failed" not in row]
+    if peers and not all(row.get("forced") for row in peers):
+        intro += (
+            " Its rows go on from what it said itself, where the others read the right tokens. A wrong answer then "
+            "misleads later questions of a prompt (keys), so compare them with the row without a press."
+        )
     return "\n\n".join(["### Answers at equal bytes", intro, "\n".join(lines), circumstances(found)])
