@@ -1,0 +1,55 @@
+"""The command line in this process, and a tiny model with a tokenizer of plain words for it to open."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from headwise import cli
+
+WORDS = 120
+
+
+def run(capsys, *words):
+    """Exit code, stdout, stderr, and the lines of the latter."""
+    before, sys.argv = sys.argv, ["headwise", *map(str, words)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return SimpleNamespace(code=code, out=out, err=err, lines=err.strip().splitlines())
+
+
+def words_tokenizer(size: int = WORDS) -> transformers.PreTrainedTokenizerFast:
+    """Of [UNK], [PAD] and the words w2, w3 and so on, whose numbers are their ids."""
+    vocab = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, size)}}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def tiny_decoder(folder: Path) -> Path:
+    """A Llama of two layers with random weights, saved with that tokenizer."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
+    return folder
