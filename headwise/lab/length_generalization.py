@@ -1,0 +1,51 @@
+"""What Algorithms can Transformers Learn? A Study in Length Generalization. Zhou et al., 2023. arXiv:2310.16028
+
+Row s048 of the mission. Rotary positions with slow turns stand for the paper's learned ones with random offsets.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from headwise.comparison import Condition
+from headwise.data import LengthLesson
+from headwise.data.rasp_programs import TASKS
+from headwise.experiment import Experiment
+from headwise.tiny import TinyConfig
+from headwise.training import Training
+
+
+@dataclass(frozen=True)
+class LengthGeneralization(Experiment):
+    """Teaches algorithmic tasks on short prompts, with and without a short RASP-L program, and tests them on long ones.
+
+    Fields:
+        longest: items of the longest prompts that are taught.
+        tested: items of those that are tested.
+    """
+
+    row: ClassVar[str] = "s048"
+    goal: ClassVar[tuple[str, str, float]] = ("exact", "above", 0.95)
+    seeds: ClassVar[tuple[int, ...]] = (5,)
+
+    longest: int = 10
+    tested: int = 20
+
+    def conditions(self) -> dict[str, Condition]:
+        """One a task, by its name; with `full`, 20 items are taught and 40 tested."""
+        lengths = {"longest": 20, "tested": 40} if self.full else {"longest": self.longest, "tested": self.tested}
+        training = Training(
+            steps=20_000 if self.full else 2000,
+            batch=64,
+            lr=1e-3 if self.full else 2e-3,
+            warmup=100,
+            decay="linear",
+            clip=1.0,
+            measure_every=500,
+            rows=200,
+        )
+        shape = {"layers": 4 if self.full else 2, "heads": 4, "width": 64, "mlp": 128, "rope_theta": 1e5}
+        found = {}
+        for task in TASKS:
+            lesson = LengthLesson(task=task, **lengths)
+            found[task] = Condition(TinyConfig(**lesson.config(**shape, embed_std=0.5)), lesson, training)
+        return found
