@@ -15,6 +15,7 @@ from headwise import replicate
 from headwise.replicate import KEYS, Outcome, Replication, judge, settle
 
 ROWS = {
+    "constant_memory": "s002",
     "qk_score": "s010",
     "infllm": "s044",
     "fact_or_context": "s058",
@@ -35,6 +36,10 @@ ROWS = {
     "back_patching": "s139",
     "long_heads": "s115",
     "lserve": "s123",
+    "masked_steps": "s023",
+    "length_generalization": "s048",
+    "noisy_traces": "s049",
+    "phase_transition": "s068",
 }
 DOCS = Path(__file__).parents[1] / "docs"
 
