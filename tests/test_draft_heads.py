@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from chances import START, flatter, p_value, too_willing
 from families import FAMILIES, VOCAB
 from typer.testing import CliRunner
 
-from headwise import draft_training
+from headwise import accepting, draft_training
 from headwise.cli import app
 from headwise.decode import Chimera, Clover, Hydra, HydraPlus, Medusa
 from headwise.draft_heads import TAIL, DraftHeads
@@ -115,6 +116,23 @@ def test_drafting_is_lossless_and_accepts_something(name, rows, trained, model):
     assert torch.equal(said, plain)
     assert loop.stats.accepted > 0 and loop.stats.per_pass > 1.05
     assert set(loop.stats.sources) == {type(heads.method).__name__}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sampling_with_trained_heads_keeps_the_distribution_of_the_model(name, monkeypatch):
+    model = flatter(FAMILIES["llama"].build())
+    torch.manual_seed(0)
+    # Sampled as it will be asked, so that the heads have seen what follows the prompt.
+    ids = model.generate(START.repeat(48, 1), max_new_tokens=12, do_sample=True, top_k=3, eos_token_id=None)
+    heads = METHODS[name].untrained(model)
+    train(heads, states_after(model, ids), ids, steps=60, rate=1e-2)
+
+    def found(times):
+        return p_value(model, lambda _: heads.method.drafting(heads), times=times)
+
+    assert found(8) > 1e-3
+    monkeypatch.setattr(accepting, "pick", too_willing)
+    assert found(4) < 1e-6
 
 
 @pytest.mark.parametrize("tree", [(1, 1, 1), (4,), (3, 2, 2)])
