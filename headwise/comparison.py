@@ -23,7 +23,7 @@ from headwise.progress import hidden
 from headwise.stats import interval
 from headwise.tape import Tape
 from headwise.tiny import TinyConfig
-from headwise.training import Change, Run, Training, train
+from headwise.training import Change, Run, Training, Watch, train
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,17 @@ class Condition:
     edits: "Sequence[Change]" = ()
     progress: "Mapping[str, Sequence[Edit]]" = field(default_factory=dict)
 
-    def run(self, seed: int, folder: "Path | None" = None) -> Run:
+    def run(self, seed: int, folder: "Path | None" = None, watch: "Watch | None" = None) -> Run:
         """Train it."""
         return train(
-            self.model, self.lesson, self.training, self.edits, seed=seed, folder=folder, progress=self.progress
+            self.model,
+            self.lesson,
+            self.training,
+            self.edits,
+            seed=seed,
+            folder=folder,
+            progress=self.progress,
+            watch=watch,
         )
 
 
@@ -150,6 +157,7 @@ def compare(
     seeds: Sequence[int] = (5, 6, 7),
     folder: "Path | str | None" = None,
     processes: int = 1,
+    watch: "Watch | None" = None,
 ) -> Comparison:
     """Train every condition with every seed.
 
@@ -158,18 +166,19 @@ def compare(
         seeds: of weights and prompts.
         folder: keeps every run as <condition>/seed=<k>/, and a second call goes on from there.
         processes: runs at a time; two on a machine of two cores. The curves do not depend on it.
+        watch: shown every run after each of its measurements, in the process that trains it.
 
     Raises:
         ValueError: a list of edits without a model and a lesson, or edits that cannot be sent to another process.
     """
     whole = {name: _whole(name, one, model, lesson, training) for name, one in conditions.items()}
-    places = {name: name.replace(" ", "-").replace("/", "-") for name in whole}
+    places = {name: place_of(name) for name in whole}
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps({"conditions": places, "seeds": list(seeds)}, indent=2)
         (Path(folder) / "comparison.json").write_text(text + "\n", encoding="utf-8")
     jobs = [
-        (name, seed, one, None if folder is None else Path(folder) / places[name] / f"seed={seed}")
+        (name, seed, one, None if folder is None else Path(folder) / place_of(name, seed), watch)
         for name, one in whole.items()
         for seed in seeds
     ]
@@ -179,6 +188,12 @@ def compare(
             runs[name][seed] = run
             bar.update()
     return Comparison({name: {seed: run.tape for seed, run in by.items()} for name, by in runs.items()}, runs)
+
+
+def place_of(name: str, seed: int | None = None) -> str:
+    """The folder of a condition, or of its run with one seed, inside that of the comparison."""
+    folder = name.replace(" ", "-").replace("/", "-")
+    return folder if seed is None else f"{folder}/seed={seed}"
 
 
 def _whole(name: str, one: Any, model: Any, lesson: Any, training: Any) -> Condition:
@@ -205,5 +220,5 @@ def _each(jobs: list[tuple], processes: int) -> Any:
 
 
 def _job(job: tuple) -> Run:
-    _, seed, one, folder = job
-    return one.run(seed, folder)
+    _, seed, one, folder, watch = job
+    return one.run(seed, folder, watch)

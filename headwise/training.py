@@ -10,103 +10,38 @@ run that was killed goes on from its last state and ends with the same curve.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from headwise import resume
+from headwise.asked import asked
 from headwise.atlas import Atlas
 from headwise.convert import quiet
 from headwise.edits import Edit, Scene, holding
 from headwise.lesson import Lesson, generator
 from headwise.measuring import Look, Measured, look, measured
-from headwise.method import Method
 from headwise.models import fingerprint
+from headwise.optimising import Training
 from headwise.progress import hidden
 from headwise.resets import Reset, Switch
 from headwise.resume import State
-from headwise.schedule import When
 from headwise.score import Score
 from headwise.tape import Tape
 from headwise.task import Batch, answer_logits
 from headwise.tiny import TinyConfig
 from headwise.writing import write_aside
 
-OPTIMISERS = ("adam", "adamw", "sgd")
-DECAYS = ("none", "cosine", "linear")
 # So many batches are drawn at once: drawing has a fixed cost.
 BLOCK = 16
 
 Change = Edit | Reset | Switch
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained.
-
-    Fields:
-        steps: updates; `batch` prompts in each, always fresh ones.
-        lr: learning rate after `warmup` steps; it then decays to 0 by "cosine" or "linear", or not ("none").
-        optimiser: "adam", "adamw" or "sgd"; `weight_decay`, `momentum` (of sgd), `betas` (of adam) as torch has them.
-        clip: largest norm of the gradient, 0 for none.
-        measure_every: steps from one measurement to the next, on `rows` prompts of every split.
-        checkpoint_every: steps from one state in the folder to the next.
-        until: training ends at the first measurement at which this is on.
-        threads: of torch; small models are fastest with one, and sums then have one order.
-
-    Raises:
-        ValueError: an unknown optimiser or decay, or a number that is too small.
-    """
-
-    steps: int = 2000
-    batch: int = 32
-    lr: float = 1e-3
-    optimiser: str = "adam"
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: int = 0
-    decay: str = "none"
-    clip: float = 0.0
-    measure_every: int = 50
-    rows: int = 256
-    checkpoint_every: int = 500
-    until: When | None = None
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("optimiser", OPTIMISERS), ("decay", DECAYS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown to training: {', '.join(allowed)}.")
-        for name in ("steps", "batch", "measure_every", "rows", "checkpoint_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a training is {getattr(self, name)}; it must be 1 or more.")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of one step."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        if self.decay == "cosine":
-            return self.lr * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
-        return self.lr * (1 - done) if self.decay == "linear" else self.lr
-
-    def make(self, model: PreTrainedModel) -> Optimizer:
-        """The optimiser over everything that is to be trained."""
-        chosen = [value for value in model.parameters() if value.requires_grad]
-        more = {"lr": self.rate(0), "weight_decay": self.weight_decay, "fused": True}
-        if self.optimiser == "sgd":
-            return torch.optim.SGD(chosen, momentum=self.momentum, **more)
-        made = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
-        return made(chosen, betas=self.betas, **more)
 
 
 @dataclass
@@ -119,6 +54,7 @@ class Run:
         losses: of every update, under its edits.
         step: updates made.
         folder: state.safetensors, tape.parquet, run.json, checkpoints/step=<k>/ and atlas/; None where nothing is kept.
+        done: whether it has come to its end. What a `watch` is shown on the way has not, and its model still trains.
     """
 
     model: PreTrainedModel
@@ -129,6 +65,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     step: int = 0
     folder: Path | None = None
+    done: bool = True
 
     @property
     def atlas(self) -> Atlas:
@@ -136,6 +73,9 @@ class Run:
         if self.folder is None:
             raise ValueError("This run kept nothing; give train() a folder.")
         return Atlas(self.folder / "atlas")
+
+
+Watch = Callable[[Run], None]
 
 
 def train(
@@ -147,6 +87,7 @@ def train(
     seed: int = 0,
     folder: "Path | str | None" = None,
     progress: "Mapping[str, Sequence[Edit]] | None" = None,
+    watch: "Watch | None" = None,
 ) -> Run:
     """Teach a lesson.
 
@@ -159,13 +100,15 @@ def train(
         seed: of weights and of prompts; prompts do not depend on edits, so that runs of one seed are paired.
         folder: where state, tape, checkpoints and an atlas are kept. A run that is there already goes on.
         progress: edits by name, under which the loss is measured too: what if only this part were perfect?
+        watch: shown the run after every measurement and at the end; it must not change it.
 
     Raises:
         ValueError: the model does not fit the lesson, or the folder holds another run.
     """
     training = training or Training()
     built = model.build(seed) if isinstance(model, TinyConfig) else model
-    loop = _Loop(built, lesson, training, list(edits), seed, None if folder is None else Path(folder), progress or {})
+    place = None if folder is None else Path(folder)
+    loop = _Loop(built, lesson, training, list(edits), seed, place, progress or {}, watch)
     threads = torch.get_num_threads()
     torch.set_num_threads(training.threads)
     try:
@@ -210,6 +153,7 @@ class _Loop:
         seed: int,
         folder: Path | None,
         progress: "Mapping[str, Sequence[Edit]]",
+        watch: "Watch | None",
     ) -> None:
         self.model, self.lesson, self.training, self.seed, self.folder = model.train(), lesson, training, seed, folder
         self.edits = [one for one in changes if isinstance(one, Edit)]
@@ -220,14 +164,8 @@ class _Loop:
         self.state = State(0, [], Tape(), {})
         self.splits = {split: _prompts(lesson.on(split), training.rows, seed) for split in ("train", *lesson.tests)}
         self.block: tuple[Any, Batch] | None = None
-        self.asked = {
-            "model": _plain_config(model),
-            "lesson": {"name": type(lesson).__name__, **asdict(lesson)},
-            "training": _settings(training),
-            "edits": [_told(one) for one in changes],
-            "seed": seed,
-            "progress": {name: [_told(one) for one in held] for name, held in progress.items()},
-        }
+        self.asked = asked(model, lesson, training, changes, seed, progress)
+        self.watch = watch
 
     def run(self) -> Run:
         self._start()
@@ -254,15 +192,16 @@ class _Loop:
             self._measure()
         if self.folder:
             self._keep(last=True)
+        self.model.eval()
+        found = self._so_far(done=True)
+        if self.watch:
+            self.watch(found)
+        return found
+
+    def _so_far(self, done: bool = False) -> Run:
+        state = self.state
         return Run(
-            self.model.eval(),
-            self.lesson,
-            self.training,
-            tape,
-            self.seed,
-            self.state.losses,
-            self.state.step,
-            self.folder,
+            self.model, self.lesson, self.training, state.tape, self.seed, state.losses, state.step, self.folder, done
         )
 
     def _start(self) -> None:
@@ -343,6 +282,8 @@ class _Loop:
             lesson = self.lesson.on(split)
             found = measured(self.model, batch, lesson, held, Scene(lesson, batch, step))
             self._note(step, label, found)
+        if self.watch:
+            self.watch(self._so_far())
 
     def _note(self, step: int, label: str, found: Measured) -> None:
         for name, value in found.numbers.items():
@@ -392,27 +333,3 @@ def _eval(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _plain_config(model: PreTrainedModel) -> dict[str, Any]:
-    left = ("transformers_version", "_name_or_path", "dtype", "architectures", "torch_dtype")
-    return {key: value for key, value in model.config.to_dict().items() if key not in left}
-
-
-def _settings(training: Training) -> dict[str, Any]:
-    """What must be the same for a run to go on; it may go on for longer where nothing decays."""
-    free = ("threads", "checkpoint_every", *(("steps",) if training.decay == "none" else ()))
-    return {key: str(value) for key, value in vars(training).items() if key not in free}
-
-
-def _told(one: Any) -> Any:
-    """An edit, reset or switch in words that are the same in every process."""
-    if isinstance(one, Tensor):
-        return f"tensor {list(one.shape)} {float(one.double().sum())!r}"
-    if isinstance(one, PreTrainedModel):
-        return f"model {fingerprint(one)}"
-    if isinstance(one, (list, tuple)):
-        return [_told(item) for item in one]
-    if isinstance(one, Method) or not hasattr(one, "__dataclass_fields__"):
-        return getattr(one, "__qualname__", None) or repr(one)
-    return {"kind": type(one).__name__, **{name: _told(getattr(one, name)) for name in one.__dataclass_fields__}}
