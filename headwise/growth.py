@@ -5,7 +5,9 @@ for claim in grown_claims(run, "induction"):
     print(claim.sentence())        # L1.H3 induction: proved (needed, enough, grown)
 """
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from headwise import stats
 from headwise.claim import Claim, Role, Rung, role, settle
 from headwise.measuring import look
 from headwise.models import open_model
+from headwise.score import Score
+from headwise.site import Unit
 from headwise.tape import Tape
 from headwise.task import Batch
 from headwise.training import Run
@@ -24,10 +28,46 @@ from headwise.verify import Proof
 BEGUN, THERE = 0.1, 0.9
 
 
+@dataclass(frozen=True)
+class Grown:
+    """A head of one of several runs that grew, with the whole claim in words."""
+
+    condition: str
+    seed: int
+    unit: str
+    role: str
+    verdict: str
+    says: str
+
+
+def grown_heads(runs: "Mapping[str, Mapping[int, Run]]", name: str = "induction") -> list[Grown]:
+    """The heads that grew into a role, of runs by condition and seed, each run's claims kept in its atlas.
+
+    Claims are on the weights as they are in the end, without the edits that were held in training. A run of which
+    nothing can be claimed says why in its atlas.json, under `skipped`.
+    """
+    found = []
+    for condition, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            try:
+                claims = grown_claims(run, name)
+            except ValueError as problem:
+                if run.folder is not None:
+                    skipped = run.atlas.about.get("skipped", {})
+                    run.atlas.note(skipped=skipped | {f"grown {name}": str(problem)})
+                continue
+            found += [
+                Grown(condition, seed, claim.unit, claim.role, claim.verdict, claim.sentence())
+                for claim in claims
+                if any(rung.step == "grown" and rung.passed for rung in claim.rungs)
+            ]
+    return found
+
+
 def grown_claims(run: Run, name: str = "induction", *, rows: int = 128, proof: Proof | None = None) -> list[Claim]:
     """Claims on a role for the heads of a trained run, with the rung "grown" beside seen, needed and enough.
 
-    Heads whose number at the end is at or above the role's threshold are candidates. A head grew where its rise from
+    The strongest heads are candidates, see `nominated`. A head grew where its rise from
     the first checkpoint, prompt by prompt, beats that of the 95 % head among random heads of the same layers, and half
     of the rise was made while the skill was learned. The claims are settled together and kept in the run's atlas.
 
@@ -43,7 +83,7 @@ def grown_claims(run: Run, name: str = "induction", *, rows: int = 128, proof: P
     if part.score not in run.lesson.looks:
         raise ValueError(f"{type(run.lesson).__name__} does not measure {part.score!r}; it measures {_list(run)}.")
     seen = atlas.score(part.score)
-    candidates = [unit for unit in seen.table["unit"].to_list() if seen[unit] >= part.threshold]
+    candidates = nominated(seen, part)
     if not candidates:
         best = seen.top(1)[0]
         raise ValueError(f"No head comes near {name}: the best is {best} with {seen[best]:.2f} of {part.threshold}.")
@@ -58,6 +98,24 @@ def grown_claims(run: Run, name: str = "induction", *, rows: int = 128, proof: P
     settled = settle(claims)
     atlas.add_claims(settled, only_of={part.name})
     return settled
+
+
+def nominated(seen: Score, part: Role) -> list[str]:
+    """Heads at or above the role's threshold, strongest first: at most half of each layer, and one in any case.
+
+    Small models often make every head of a layer do the same. The weaker half is then what the stronger is compared
+    with: heads of another layer have other parts in the same circuit, and are no random heads.
+    """
+    order = seen.table.sort("value", descending=True)["unit"].to_list()
+    size = Counter(Unit.parse(unit).layer for unit in order)
+    found: list[str] = []
+    taken: Counter[int] = Counter()
+    for unit in order:
+        layer = Unit.parse(unit).layer
+        if seen[unit] >= part.threshold and taken[layer] < max(1, size[layer] // 2):
+            taken[layer] += 1
+            found.append(unit)
+    return found
 
 
 def _list(run: Run) -> str:

@@ -19,7 +19,7 @@ class AbruptICL(Experiment):
     """Trains a two-layer network on classes with labels, and sees whether it learns to read or to know by heart.
 
     Fields:
-        classes: of the conditions "32 classes" and so on, all with 16 labels.
+        classes: of the conditions "32 classes" and so on, all with 16 labels; twice as many of both when `full`.
         few: labels of the condition "as many labels as pairs", which has `classes[1]` classes.
     """
 
@@ -34,9 +34,10 @@ class AbruptICL(Experiment):
         """One for each number of classes, and one in which every prompt holds every label."""
         shape = {"pairs": 8, "window": 65, "dim": 63} if self.full else {}
         labels = 32 if self.full else 16
-        lessons = {f"{k} classes": Exemplars(classes=k, labels=labels, **shape) for k in self.classes}
+        classes = [2 * k if self.full else k for k in self.classes]
+        lessons = {f"{k} classes": Exemplars(classes=k, labels=labels, **shape) for k in classes}
         alike = 8 if self.full else self.few
-        lessons["as many labels as pairs"] = Exemplars(classes=self.classes[1], labels=alike, **shape)
+        lessons["as many labels as pairs"] = Exemplars(classes=classes[1], labels=alike, **shape)
         training = Training(
             steps=20_000 if self.full else 3000, batch=128, lr=1e-3, measure_every=200 if self.full else 100, rows=512
         )
