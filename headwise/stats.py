@@ -1,5 +1,7 @@
 """Intervals, null tests and corrections, all from a seeded generator so that they can be made again."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,6 +41,20 @@ def sign_flip(differences: Floats, draws: int = 10_000, seed: int = 0) -> float:
     return (1 + hits) / (1 + draws)
 
 
+def sign_test(differences: Floats) -> float:
+    """One-sided sign test: how often would fair coins give this many differences above 0? Those of 0 are left out.
+
+    Args:
+        differences: [n] paired differences; the claim is that more than half of them are above 0.
+
+    Returns:
+        the exact p of the binomial distribution; 1 where all are 0.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    above, n = int((differences > 0).sum()), int((differences != 0).sum())
+    return sum(math.comb(n, hits) for hits in range(above, n + 1)) / 2**n
+
+
 def holm(p: list[float]) -> list[float]:
     """Holm's step-down correction (Holm, 1979). Returns adjusted p-values in the given order."""
     order = np.argsort(p)
@@ -64,6 +80,31 @@ def spearman(a: Floats, b: Floats) -> float:
     if x.std() == 0 or y.std() == 0:
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def foretold(values: Floats, target: Floats, ridge: float = 1e-3) -> tuple[Floats, Floats]:
+    """What ridge regression on the first half of the rows says of the second half.
+
+    Args:
+        values: [rows, D]. target: [rows, C].
+        ridge: against the mean square of the centred values.
+
+    Returns:
+        what is said and what is true, [rows of the second half, C] each.
+    """
+    half = len(values) // 2
+    values, target = np.asarray(values, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    centre, middle = values[:half].mean(0), target[:half].mean(0)
+    given = values[:half] - centre
+    gram = given.T @ given
+    gram += ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+    weight = np.linalg.solve(gram, given.T @ (target[:half] - middle))
+    return (values[half:] - centre) @ weight + middle, target[half:]
+
+
+def explained(said: Floats, target: Floats) -> float:
+    """R squared: the share of the target's variance that is said, all columns together; below 0 for worse than none."""
+    return float(1 - ((said - target) ** 2).sum() / ((target - target.mean(0)) ** 2).sum())
 
 
 def binomial_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headwise.data.regressions import gaussian, joined, squared
-from headwise.lesson import Lesson, Shape, generator
+from headwise.data.regressions import QueryLast, gaussian, joined
+from headwise.lesson import generator
 from headwise.task import Batch
 
 
 @dataclass(frozen=True)
-class LinearRegression(Lesson):
+class LinearRegression(QueryLast):
     """Examples of a linear function with noise, one a position, then an x: what is its y?
 
     x is N(0, I), the weights of a prompt are N(0, I / dim), and the query hides from itself.
@@ -34,19 +34,6 @@ class LinearRegression(Lesson):
     length: int = 40
     noise: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim < 1 or self.length < 2 or self.noise <= 0:
-            raise ValueError(
-                f"dim={self.dim}, length={self.length}, noise={self.noise} is no regression; allowed are 1 channel, "
-                "2 examples and a noise above 0, or more."
-            )
-
-    @property
-    def shape(self) -> Shape:
-        """Vectors of x and y, one number out."""
-        return Shape(self.length + 1, 1, input_size=self.dim + 1)
-
     def draw(self, n: int, draw: torch.Generator) -> Batch:
         """Spans: "examples", "query"."""
         return joined(*self.examples(n, draw))
@@ -56,20 +43,6 @@ class LinearRegression(Lesson):
         x = torch.randn(n, self.length + 1, self.dim, generator=draw)
         w = torch.randn(n, self.dim, 1, generator=draw) * self.dim**-0.5
         return x, (x @ w)[..., 0] + self.noise**0.5 * torch.randn(n, self.length + 1, generator=draw)
-
-    def cells(self, batch: Batch) -> dict[str, Tensor]:
-        """From the query: "examples"."""
-        last = torch.zeros(1, self.length + 1, self.length + 1, dtype=torch.bool)
-        last[:, -1, :-1] = True
-        return {"examples": last}
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Squared error at the query."""
-        return squared(logits, batch)
-
-    def metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """None but the loss."""
-        return {}
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """What known predictors say at the query, [B] each.
@@ -104,11 +77,6 @@ class LinearRegression(Lesson):
             "debiased gradient descent": top - (n - 1) / (n + extra),
             "Bayes": _bayes(self.dim, self.length, self.noise),
         }
-
-    def config(self, **options: object) -> dict[str, object]:
-        """The paper's network: one layer of softmax attention and nothing else, each head as wide as the input."""
-        fit = {"layers": 1, "heads": 2, "width": self.dim + 1, "head_dim": self.dim + 1, "read_in": False}
-        return super().config(**(fit | {"pos": "none", "norm": "none", "residual": False} | options))
 
 
 @cache

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headwise.data.regressions import joined, squared
-from headwise.lesson import Lesson, Shape, generator
+from headwise.data.regressions import QueryLast, joined
+from headwise.lesson import generator
 from headwise.task import Batch
 
 
@@ -36,7 +36,7 @@ def shift(a: Tensor, x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class SoftmaxRegression(Lesson):
+class SoftmaxRegression(QueryLast):
     """Rows of A with their entries of b, one a position, then another row: what would its entry be?
 
     b is softmax(A x) for a hidden x, times the number of rows, so that 1 is the mean. The query's entry is taken with
@@ -49,23 +49,12 @@ class SoftmaxRegression(Lesson):
     """
 
     row: ClassVar[str] = "s081"
+    kind: ClassVar[str] = "softmax regression"
+    amount: ClassVar[str] = "spread"
 
     dim: int = 10
     length: int = 20
     spread: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim < 1 or self.length < 2 or self.spread <= 0:
-            raise ValueError(
-                f"dim={self.dim}, length={self.length}, spread={self.spread} is no softmax regression; allowed are "
-                "1 channel, 2 rows and a spread above 0, or more."
-            )
-
-    @property
-    def shape(self) -> Shape:
-        """Vectors of a row and its entry, one number out."""
-        return Shape(self.length + 1, 1, input_size=self.dim + 1)
 
     def draw(self, n: int, draw: torch.Generator) -> Batch:
         """Spans: "examples", "query"."""
@@ -77,20 +66,6 @@ class SoftmaxRegression(Lesson):
         """[B, length + 1] entries for all rows a [B, length + 1, d], the query last, by weights x [B, d]."""
         logits = (a @ x[..., None])[..., 0]
         return (logits - logits[:, :-1].logsumexp(-1, keepdim=True)).exp() * self.length
-
-    def cells(self, batch: Batch) -> dict[str, Tensor]:
-        """From the query: "examples"."""
-        last = torch.zeros(1, self.length + 1, self.length + 1, dtype=torch.bool)
-        last[:, -1, :-1] = True
-        return {"examples": last}
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Squared error at the query."""
-        return squared(logits, batch)
-
-    def metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """None but the loss."""
-        return {}
 
     def stepped(self, batch: Batch, size: float) -> Tensor:
         """[B] what x says at the query after one step of gradient descent of this size from 0."""
@@ -113,11 +88,6 @@ class SoftmaxRegression(Lesson):
             "one step": float((self.stepped(batch, self.step) - answer).square().mean()),
             "perfect": 0.0,
         }
-
-    def config(self, **options: object) -> dict[str, object]:
-        """One layer of softmax attention and nothing else, each head as wide as the input."""
-        fit = {"layers": 1, "heads": 2, "width": self.dim + 1, "head_dim": self.dim + 1, "read_in": False}
-        return super().config(**(fit | {"pos": "none", "norm": "none", "residual": False} | options))
 
 
 @cache

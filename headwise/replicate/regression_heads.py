@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from headwise.data import LinearRegression
 from headwise.lab import RegressionHeads
 from headwise.lab.regression_heads import circuits
 from headwise.replicate import Outcome, Replication, settle
-from headwise.task import Batch, answer_logits
+from headwise.replicate.runs import answers
 from headwise.training import Run
 
 # Squared errors of the paper: length: {predictor: error}.
@@ -25,12 +23,6 @@ PAPER = {
     40: {"1 head": 0.405, "2 heads": 0.243, "4 heads": 0.243, "debiased": 0.243, "Bayes": 0.115},
     100: {"1 head": 0.284, "2 heads": 0.164, "debiased": 0.163, "Bayes": 0.104},
 }
-
-
-@torch.no_grad()
-def said(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[B] what the model says at the query."""
-    return torch.cat([answer_logits(model, part)[:, 0, 0] for part in batch.chunks(500)])
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class RegressionHeadsReplication(Replication):
             lesson = LinearRegression(length=length)
             batch = lesson.make(n=self.prompts, seed=seed + 1000 + length)
             known, answer = lesson.predict(batch), batch.answer[:, 0]
-            rows = {name: said(run.model, batch) for name, run in runs.items()}
+            rows = {name: answers(run.model, batch)[:, 0, 0] for name, run in runs.items()}
             alike[length] = {
                 name: float(torch.cosine_similarity(row, known["debiased gradient descent"], 0))
                 for name, row in rows.items()

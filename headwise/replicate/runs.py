@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.data import Capitals, NeutralText
 from headwise.data.words import CAPITALS
+from headwise.tap import tap
 from headwise.task import Batch, answer_logits, logprob
 
 
@@ -13,6 +14,25 @@ def logits_of(model: PreTrainedModel, batch: Batch, rows: int = 16) -> Tensor:
     """[B, V] logits that predict the (first) answer, in parts of `rows` prompts."""
     with torch.no_grad():
         return torch.cat([answer_logits(model, part)[:, 0].float() for part in batch.chunks(rows)])
+
+
+def answers(model: PreTrainedModel, batch: Batch, rows: int = 500) -> Tensor:
+    """[B, P, outputs] what the model says at every answer, in parts of `rows` prompts."""
+    with torch.no_grad():
+        return torch.cat([answer_logits(model, part) for part in batch.chunks(rows)])
+
+
+def streams(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
+    """[B, n, D] the stream where each y is asked for: as it was read in, and after each layer."""
+    sites = ["L0.resid_pre", *(f"L{layer}.resid_post" for layer in range(model.config.num_hidden_layers))]
+    with tap(model, *sites) as taken:
+        answers(model, batch, rows=len(batch))
+    return [taken[site][:, batch.at[0]] for site in sites]
+
+
+def line(values: list[float]) -> str:
+    """Numbers side by side, with two digits."""
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def rates(model: PreTrainedModel, batch: Batch, rows: int = 16) -> dict:
@@ -32,6 +52,13 @@ def neutral_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: i
     with torch.no_grad():
         parts = [logprob(answer_logits(model, part), part) for part in batch.chunks(3)]
     return -float(torch.cat(parts).mean())
+
+
+def continued(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
+    """[B, T - prompt] log-probability, in nats, of each token behind a prompt under the model without any rule."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - prompt + 1).logits
+    return logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
 
 
 def whole_answers(model: PreTrainedModel, batch: Batch, rows: int = 4) -> Tensor:
