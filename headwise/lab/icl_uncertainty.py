@@ -1,0 +1,53 @@
+"""Towards Better Understanding of In-Context Learning Ability from In-Context Uncertainty Quantification. Liu et al.,
+2024. arXiv:2405.15115
+
+Row s047 of the mission. Scaled down: 5 channels, and x and the example before it share a position.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from headwise.comparison import Condition
+from headwise.data import UncertainRegression
+from headwise.experiment import Experiment
+from headwise.tiny import TinyConfig
+from headwise.training import Training
+
+
+@dataclass(frozen=True)
+class ICLUncertainty(Experiment):
+    """Trains a network to say a mean and a variance, on endless tasks and on a pool of few.
+
+    Fields:
+        pool: tasks of the second condition.
+        length: examples in a prompt.
+    """
+
+    row: ClassVar[str] = "s047"
+    goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 1.3)
+    seeds: ClassVar[tuple[int, ...]] = (5,)
+
+    pool: int = 32
+    length: int = 20
+
+    def conditions(self) -> dict[str, Condition]:
+        """New weights in every prompt, or weights from a pool."""
+        size = {"dim": 8, "length": 100, "apart": True} if self.full else {"length": self.length}
+        shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024, "act": "gelu"} if self.full else {}
+        training = Training(
+            steps=200_000 if self.full else 2000,
+            batch=64,
+            lr=1e-4 if self.full else 2e-3,
+            warmup=100,
+            decay="cosine",
+            clip=1.0,
+            measure_every=500,
+            rows=256,
+        )
+        lessons = {
+            "endless tasks": UncertainRegression(**size),
+            f"{self.pool} tasks": UncertainRegression(tasks=self.pool, **size),
+        }
+        return {
+            name: Condition(TinyConfig(**lesson.config(**shape)), lesson, training) for name, lesson in lessons.items()
+        }
