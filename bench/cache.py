@@ -28,7 +28,7 @@ import race
 import torch
 
 from headwise import open_model, quality
-from headwise.attach import attach, detach
+from headwise.attach import treated
 from headwise.bench import cost, dynamic, static
 from headwise.cache.adakv import AdaKV
 from headwise.cache.duo import Duo
@@ -120,9 +120,8 @@ def same(prompts: int) -> None:
         ids = quality.prompts(tokenizer, max(256, length), seed)["text"].ids[:1, :length]
         how = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         plain = model.generate(ids, **how)
-        attach(model, Preallocated())
-        ours = model.generate(ids, **how)
-        detach(model)
+        with treated(model, Preallocated()):
+            ours = model.generate(ids, **how)
         equal += int(torch.equal(plain, ours))
         lengths.append(length)
     race.save("cache_same", {**about(), "prompts": prompts, "tokens": 64, "identical": equal, "lengths": lengths})

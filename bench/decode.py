@@ -13,8 +13,6 @@ Results go to bench/results/decode_*.json; docs/bench.md is made from them by be
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import machine
@@ -22,7 +20,7 @@ import race
 import torch
 
 from headwise import decode, open_model
-from headwise.attach import attach, detach
+from headwise.attach import treated
 from headwise.cache.adakv import AdaKV
 from headwise.cache.duo import Duo
 from headwise.cache.pages import Pages
@@ -54,7 +52,8 @@ def methods(model, tokenizer) -> dict[str, DraftMethod]:
     long = decode.HeadCopying(heads=heads.heads, tokens=LONG)
     return {
         "CopySpec": decode.CopySpec(),
-        "CopySpec, paced": decode.Paced(decode.CopySpec(tokens=LONG)),
+        "CopySpec, 24 tokens": decode.CopySpec(tokens=LONG),
+        "CopySpec, 24 tokens, paced": decode.Paced(decode.CopySpec(tokens=LONG)),
         "copying by heads": heads,
         "copying by heads, paced": decode.Paced(long),
         "CopySpec, else heads, paced": decode.Paced(decode.Either(decode.CopySpec(tokens=LONG), long)),
@@ -99,19 +98,6 @@ def batch(requests: int, tokens: int, rounds: int, together: int) -> None:
             race.save("decode_batch", {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
 
 
-@contextmanager
-def through(model, method) -> Iterator[None]:
-    """Inside the block `generate` makes this cache."""
-    if method is None:
-        yield
-        return
-    attach(model, method)
-    try:
-        yield
-    finally:
-        detach(model)
-
-
 def same(prompts: int, tokens: int, others: int) -> None:
     """How many texts are identical, for each drafter, cache and batch."""
     model, tokenizer = open_model()
@@ -127,7 +113,7 @@ def same(prompts: int, tokens: int, others: int) -> None:
             for start in range(0, len(chosen), size):
                 ids, mask = pad_left([one.ids for one in chosen[start : start + size]], pad_id(tokenizer))
                 how = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
-                with through(model, treatment):
+                with treated(model, treatment):
                     plain = model.generate(ids, **how)
                     for name, method in drafts.items():
                         ours = method.generate(model, ids, **how).ids

@@ -146,6 +146,23 @@ def detach(model: PreTrainedModel) -> None:
     _attached.pop(model)()
 
 
+@contextmanager
+def treated(model: PreTrainedModel, treatments: "CacheMethod | Mapping[str, CacheMethod] | None") -> Iterator[None]:
+    """Inside the block `model.generate` makes its cache by these treatments; None leaves it as it is.
+
+    Raises:
+        ValueError: as `attach`.
+    """
+    if treatments is None:
+        yield
+        return
+    attach(model, treatments)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
 def attached(model: PreTrainedModel) -> bool:
     """Whether a cache plan is attached to the model."""
     return model in _attached

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from headwise.attach import attach, detach
+from headwise.attach import treated
 from headwise.data.layout import pad_id
 from headwise.data.repeated_tokens import RepeatedTokens
 from headwise.decode.head_copying import HeadCopying
@@ -210,7 +210,7 @@ class _Made:
 def _generate(model: "PreTrainedModel", way: Way, ids: Tensor, mask: Tensor, tokens: int) -> _Made:
     options = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False, **(way.options or {})}
     stats = None
-    with _treated(model, way), _passes(model) as passes:
+    with treated(model, way.treatments), _passes(model) as passes:
         start = _clock(model)
         if way.method is None:
             found = model.generate(ids, **options)
@@ -231,18 +231,6 @@ def _ended(text: list[int], ends: "set[int | None]") -> list[int]:
     """A text up to its end token."""
     stop = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
     return text[:stop]
-
-
-@contextmanager
-def _treated(model: "PreTrainedModel", way: Way) -> "Iterator[None]":
-    if way.treatments is None:
-        yield
-        return
-    attach(model, way.treatments)
-    try:
-        yield
-    finally:
-        detach(model)
 
 
 @contextmanager

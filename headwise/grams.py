@@ -1,4 +1,10 @@
-"""Where each run of a few tokens came first in a text, kept up as the text grows."""
+"""Where each run of a few tokens came first in a text, kept up as the text grows; a drafter that copies from there."""
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from headwise.drafting import Draft, Drafter, News, Reading
 
 
 class Grams:
@@ -31,3 +37,46 @@ class Grams:
     def copy(self, place: int, most: int) -> list[int]:
         """At most so many tokens from a place of the text on."""
         return self.text[place : place + most]
+
+
+def repeated(text: list[int], size: int = 4) -> float:
+    """Share of a text's runs of `size` tokens that stood in it before, 0 to 1; 0 where it is shorter than a run."""
+    runs = [tuple(text[start : start + size]) for start in range(len(text) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+class Copies(Drafter):
+    """Proposes what stood behind the first run that is the same as the last tokens, the longest run first.
+
+    Args:
+        sizes: lengths of runs that are looked for. tokens: proposed at most.
+        source: who proposes, for the counts. remember: runs in the index of a row.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], tokens: int, source: str, remember: int = 1_000_000) -> None:
+        self.sizes, self.tokens = tuple(sorted(sizes, reverse=True)), tokens
+        self.source, self.remember = source, remember
+        self.rows: list[Grams] = []
+
+    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
+        """Index the prompts."""
+        self.rows = [Grams(self.sizes, self.remember) for _ in texts]
+        for row, text in zip(self.rows, texts, strict=True):
+            row.add(text)
+
+    def accept(self, news: Mapping[int, News], read: Reading) -> None:
+        """Index what was added."""
+        for row, one in news.items():
+            self.rows[row].add(one.tokens)
+
+    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
+        """What stood behind the longest run that is not new."""
+        return {row: self._one(self.rows[row]) for row in rooms}
+
+    def _one(self, row: Grams) -> Draft:
+        for size in self.sizes:
+            if (place := row.behind(size)) is not None:
+                return Draft(row.copy(place, self.tokens), source=self.source)
+        least = self.sizes[-1]
+        new = "the last token is new" if least == 1 else f"the last {least} tokens are new"
+        return Draft([], source=self.source, why=new)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from headwise.anatomy import anatomy
-from headwise.attach import attach, attached, caching, detach
+from headwise.attach import attach, attached, caching, detach, treated
 from headwise.cache import AdaKV, Duo, Preallocated, Quantised, Razor, SnapKV, Streaming
 from headwise.codes import Codes, primitives
 from headwise.data import Needle, Planted
@@ -139,22 +139,16 @@ def generated(model, way: str) -> list:
 def test_with_everything_kept_generate_is_what_it_was(models, name, way):
     model = models(name)
     plain = generated(model, way)
-    attach(model, {})
-    try:
+    with treated(model, {}):
         assert generated(model, way) == plain
-    finally:
-        detach(model)
 
 
 @pytest.mark.parametrize("way", [*WAYS, "chat"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_generates_in_every_way(models, method, way):
-    attach(models("llama"), small(method))
-    try:
+    with treated(models("llama"), small(method)):
         first, again = (generated(models("llama"), way) for _ in range(2))
         assert first == again
-    finally:
-        detach(models("llama"))
 
 
 def refuses(method: str, model) -> bool:
@@ -175,11 +169,8 @@ def test_every_method_serves_every_family(models, name, method):
     if refuses(method, model):
         pytest.skip(f"{method} refuses {name}")
     # A head that is treated beside one that keeps all: two stores in a layer.
-    attach(model, dict.fromkeys(kv_units(model)[::2], small(method)))
-    try:
+    with treated(model, dict.fromkeys(kv_units(model)[::2], small(method))):
         assert len(generated(model, "padded batch")[0]) == PROMPT + NEW
-    finally:
-        detach(model)
 
 
 def size(model, tokens: float, rows: int = 2) -> float:
@@ -339,10 +330,11 @@ def test_streaming_and_razor_equal_their_twins(models, turns, pads):
         if len(full) == len(body.layers):
             twin = kv_twins.masked_logits(model, inputs["input_ids"], inputs["attention_mask"], seen)
             torch.testing.assert_close(ours[real], twin[real], atol=2e-4, rtol=1e-4)
-        for share in (0.0, 0.4):
+        for share, single in ((0.0, 1), (0.4, 1), (0.4, 9)):
             with caching(model):
-                ours = through(model, inputs, Razor(2, 5, share).build(model), turns)
-            twin = kv_twins.compensated_logits(model, inputs["input_ids"], where, turns, 2, 5, share, full)
+                ours = through(model, inputs, Razor(2, 5, share, single).build(model), turns)
+            cut = [turns[0], *(one for turn in turns[1:] for one in ([1] * turn if turn <= single else [turn]))]
+            twin = kv_twins.compensated_logits(model, inputs["input_ids"], where, cut, 2, 5, share, full)
             torch.testing.assert_close(ours[real], twin[real], atol=2e-4, rtol=1e-4)
 
 
@@ -534,6 +526,26 @@ def test_attach_and_detach_leave_the_model_as_it_was(models):
     assert model.config._attn_implementation == name and set(vars(model)) == own
 
 
+def test_treatments_hold_inside_a_block(models):
+    model, inputs = models("llama"), text(pads=(0, 4))
+    for treatments in (Streaming(2, 6), {}):
+        with treated(model, treatments):
+            assert attached(model)
+            out = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+            assert isinstance(out.past_key_values, KVCache)
+        assert not attached(model)
+    with treated(model, None):
+        assert not attached(model)
+    with pytest.raises(RuntimeError, match="boom"), treated(model, Streaming(2, 6)):
+        raise RuntimeError("boom")
+    assert not attached(model)
+    # What was attached outside is neither replaced nor taken off by a block that cannot be entered.
+    with treated(model, {}):
+        with pytest.raises(ValueError, match="attached already"), treated(model, Streaming(2, 6)):
+            pass
+        assert attached(model)
+
+
 class _Boom:
     def __call__(self, ids, scores):
         raise RuntimeError("boom")
@@ -563,6 +575,7 @@ def test_masks_that_hide_other_keys(models):
     [
         (Razor, {"recent": 0}, "allowed are sink >= 0"),
         (Razor, {"share": 1.0}, "less than 1"),
+        (Razor, {"single": 0}, "a length of 1 or more tokens"),
         (SnapKV, {"window": 1}, "2 or more"),
         (SnapKV, {"capacity": 32}, "more than the window"),
         (SnapKV, {"share": 1.5}, "0 to 1"),

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, VOCAB
 from kv_twins import cached_logits
 
-from headwise.attach import attach, caching, detach
+from headwise.attach import caching, treated
 from headwise.blocks import Bounds
 from headwise.cache.infllm import InfLLM
 from headwise.cache.longheads import LongHeads
@@ -97,11 +97,8 @@ def test_half_streaming_half_pages_is_a_plan(llama):
 
     units = kv_units(llama)
     mixed = {unit: SMALL if i % 2 else Streaming(sink=2, recent=6) for i, unit in enumerate(units)}
-    attach(llama, mixed)
-    try:
+    with treated(llama, mixed):
         out = llama.generate(text(), max_new_tokens=30, do_sample=False, num_beams=2)
-    finally:
-        detach(llama)
     assert out.shape[1] == 74
 
 
@@ -177,13 +174,10 @@ def test_a_long_turn_can_be_taken_back_in_part(llama, method):
 def test_beams_run_and_speculation_says_what_decoding_says(llama, method):
     # The first turn of prompt lookup holds the prompt and guesses; it is the same turn where all look token by token.
     ids = text(rows=1, length=12).repeat(1, 3)
-    attach(llama, replace(method, single=64))
-    try:
+    with treated(llama, replace(method, single=64)):
         alone = llama.generate(ids, max_new_tokens=30, do_sample=False)
         assert torch.equal(alone, llama.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=3))
         assert llama.generate(ids, max_new_tokens=12, do_sample=False, num_beams=3).shape == (1, 48)
-    finally:
-        detach(llama)
 
 
 @pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
@@ -204,11 +198,8 @@ def test_where_all_fits_they_generate_what_the_model_does(llama, roomy):
     for more in ({}, {"num_beams": 3}, {"prefill_chunk_size": 7}, {"prompt_lookup_num_tokens": 3}):
         ids = ids[:1] if "prompt_lookup_num_tokens" in more else ids
         plain = llama.generate(ids, max_new_tokens=20, do_sample=False, **more)
-        attach(llama, roomy)
-        try:
+        with treated(llama, roomy):
             ours = llama.generate(ids, max_new_tokens=20, do_sample=False, **more)
-        finally:
-            detach(llama)
         assert torch.equal(plain, ours)
 
 

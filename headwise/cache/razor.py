@@ -1,10 +1,11 @@
 """RazorAttention: Efficient KV Cache Compression Through Retrieval Heads. Tang et al., 2024. arXiv:2407.15891
 
 What is kept after n tokens follows from n alone, not from how they were cut into forward passes. What a query sees does
-depend on the cut, as in the paper: all of its own forward pass, and of what came before only what was kept.
+depend on the cut, as in the paper: all of its own forward pass, and of what came before only what was kept. A short
+turn, such as a draft, is read as decoding would read it, token by token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,35 +27,40 @@ class Razor(CacheMethod):
         sink: tokens kept at the start of each row.
         recent: most recent tokens kept at least; 4000 in the paper, 256 in the code released with it.
         share: share of all tokens so far that is kept as recent ones where it is more; below 1, 0 for a fixed number.
+        single: turns up to this length, but for the first, are read as if their tokens had come one by one; 1 is the
+            paper's, under which drafts cannot be read.
     """
 
     row: ClassVar[str] = "s124"
     sink: int = 4
     recent: int = 256
     share: float = 0.2
+    single: int = 32
 
     def __post_init__(self) -> None:
         Window(self.sink, self.recent)
         if not 0 <= self.share < 1:
             raise ValueError(f"share is {self.share}; allowed is 0 or more, and less than 1.")
+        if self.single < 1:
+            raise ValueError(f"single is {self.single}; allowed is a length of 1 or more tokens.")
 
     def store(self, reserve: int = 0) -> Store:
         """Slots for the sinks, for the mean of what was dropped, and for the recent tokens."""
-        return _Compensated(self.sink, self.recent, self.share)
+        return _Compensated(self)
 
 
 class _Compensated(Store):
     """Slots [B, H, room, d]: sinks, the mean of the dropped, a gap of at most an eighth, the recent tokens in order."""
 
-    def __init__(self, sink: int, recent: int, share: float) -> None:
+    def __init__(self, method: Razor) -> None:
         super().__init__()
-        self.sink, self.recent, self.share = sink, recent, share
+        self.sink, self.recent, self.share, self.single = method.sink, method.recent, method.share, method.single
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.bias: Tensor | None = None  # [B, 1, room, 1] what is added to a slot's score; -inf where it is empty
         self.sums: Tensor | None = None  # [B, H, 1, d + dv] of the dropped keys and values
         self.dropped: Tensor | None = None  # [B] how many they are
-        self.start = self.stop = sink + 1
+        self.start = self.stop = self.sink + 1
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -67,8 +73,8 @@ class _Compensated(Store):
 
     @property
     def one_by_one(self) -> int:
-        """A turn of several tokens sees what was kept before it; only single tokens give what single tokens give."""
-        return 1
+        """What the method says."""
+        return self.single
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see all that was kept and the new tokens up to their own; then what is too old is dropped."""
@@ -78,6 +84,10 @@ class _Compensated(Store):
             self.remember(k, v, turn)
             seen = None if turn.pads is None else turn.seen(columns, columns)
             return mix(q, k, v, seen, turn, causal=seen is None)
+        if 1 < len(columns) <= self.single:
+            parts = zip(*(one.split(1, 2) for one in (q, k, v)), strict=True)
+            turns = (replace(turn, past=turn.past + i) for i in range(len(columns)))
+            return torch.cat([self.read(*part, one) for part, one in zip(parts, turns, strict=True)], 2)
         self._append(k, v, turn)
         bias = self.bias[:, :, : self.stop].transpose(2, 3)
         if len(columns) > 1:

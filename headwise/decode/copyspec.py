@@ -2,14 +2,13 @@
 Dumitru et al., 2025. arXiv:2502.08923
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from headwise.drafting import Draft, Drafter, News, Reading
-from headwise.grams import Grams
+from headwise.drafting import Drafter
+from headwise.grams import Copies
 from headwise.verifying import DraftMethod
 
 
@@ -38,33 +37,4 @@ class CopySpec(DraftMethod):
 
     def drafter(self, model: PreTrainedModel) -> Drafter:
         """A drafter; it fits every model."""
-        return _Copies(self)
-
-
-class _Copies(Drafter):
-    """An index for each row."""
-
-    def __init__(self, method: CopySpec) -> None:
-        self.method = method
-        self.rows: list[Grams] = []
-
-    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
-        """Index the prompts."""
-        self.rows = [Grams((self.method.gamma,), self.method.remember) for _ in texts]
-        for row, text in zip(self.rows, texts, strict=True):
-            row.add(text)
-
-    def accept(self, news: Mapping[int, News], read: Reading) -> None:
-        """Index what was added."""
-        for row, one in news.items():
-            self.rows[row].add(one.tokens)
-
-    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
-        """What stood behind the same run before."""
-        return {row: self._one(self.rows[row]) for row in rooms}
-
-    def _one(self, row: Grams) -> Draft:
-        place = row.behind(self.method.gamma)
-        if place is None:
-            return Draft([], source="copyspec", why=f"the last {self.method.gamma} tokens are new")
-        return Draft(row.copy(place, self.method.tokens), source="copyspec")
+        return Copies((self.gamma,), self.tokens, "copyspec", self.remember)

@@ -4,13 +4,12 @@ The rule is that of transformers' `prompt_lookup_num_tokens`, which serves one r
 other drafters, so that they can be compared in tokens, and for batches.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from headwise.drafting import Draft, Drafter, News, Reading
-from headwise.grams import Grams
+from headwise.drafting import Drafter
+from headwise.grams import Copies
 from headwise.verifying import DraftMethod
 
 
@@ -31,33 +30,4 @@ class PromptLookup(DraftMethod):
 
     def drafter(self, model: PreTrainedModel) -> Drafter:
         """A drafter; it fits every model."""
-        return _Lookup(self)
-
-
-class _Lookup(Drafter):
-    def __init__(self, method: PromptLookup) -> None:
-        self.method = method
-        self.rows: list[Grams] = []
-
-    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
-        """Index the prompts."""
-        sizes = tuple(range(1, self.method.longest + 1))
-        self.rows = [Grams(sizes, 1_000_000) for _ in texts]
-        for row, text in zip(self.rows, texts, strict=True):
-            row.add(text)
-
-    def accept(self, news: Mapping[int, News], read: Reading) -> None:
-        """Index what was added."""
-        for row, one in news.items():
-            self.rows[row].add(one.tokens)
-
-    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
-        """What stood behind the longest run that is not new."""
-        return {row: self._one(self.rows[row]) for row in rooms}
-
-    def _one(self, row: Grams) -> Draft:
-        for size in range(self.method.longest, 0, -1):
-            place = row.behind(size)
-            if place is not None:
-                return Draft(row.copy(place, self.method.tokens), source="prompt_lookup")
-        return Draft([], source="prompt_lookup", why="the last token is new")
+        return Copies(tuple(range(1, self.longest + 1)), self.tokens, "prompt_lookup")

@@ -101,12 +101,12 @@ class RazorHeads(Replication):
         def beside(kept: list[str], method: CacheMethod) -> Policy:
             return {unit: method for unit in units if unit not in kept}
 
-        razor = Razor(self.sink, self.recent, share=0.0)
+        razor = Razor(self.sink, self.recent, share=0.0, single=1)
         return {
             "full": {},
             "razor": beside(heads, razor),
             "random heads": beside(drawn, razor),
-            "no choice": beside([], Razor(self.sink, even, share=0.0)),
+            "no choice": beside([], Razor(self.sink, even, share=0.0, single=1)),
             OFF: beside(heads, razor),
         }
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from headwise import grams
 from headwise.data import HeldOut
 from headwise.decode import LocallyTypical
 from headwise.models import open_model
 from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
+from headwise.replicate.runs import continued
 
 NEW = 64
 RULES = {
@@ -30,16 +32,7 @@ RULES = {
 
 def repeated(ids: Tensor, n: int = 4) -> Tensor:
     """[B] percent of the n-grams of each text [B, T] that stood in it before."""
-    grams = [list(map(tuple, row.unfold(0, n, 1).tolist())) for row in ids]
-    return torch.tensor([100 * (1 - len(set(row)) / len(row)) for row in grams])
-
-
-def log_probability(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
-    """[B] mean log-probability of a continuation under the model without any rule, in nats a token."""
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - prompt + 1).logits
-    said = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, prompt:, None])
-    return said[..., 0].mean(1)
+    return torch.tensor([100 * grams.repeated(row, n) for row in ids.tolist()])
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class TypicalSampling(Replication):
         """Log-probability and repetition of each continuation [B]."""
         given = {"top_k": 0} | options | {"do_sample": True, "max_new_tokens": NEW, "min_new_tokens": NEW}
         said = model.generate(prompts, attention_mask=torch.ones_like(prompts), **given)
-        logs = torch.cat([log_probability(model, part, prompts.shape[1]) for part in said.split(6)])
+        logs = torch.cat([continued(model, part, prompts.shape[1]).mean(1) for part in said.split(6)])
         return logs, repeated(said[:, prompts.shape[1] :])
 
     def _same_sets(self, model: PreTrainedModel, prompts: Tensor) -> float:
