@@ -5,6 +5,8 @@ same value; the MLP notes where these differ from the example's own label. Layer
 and its MLP keeps of the item only the factors without a note. Layer 2 matches those and copies the label.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -76,7 +78,8 @@ def _read_in(model: Tiny, lesson: HiddenFactors, fields: _Fields) -> None:
 def _head(model: Tiny, layer: int, head: int, asks: list[int], has: list[int], fields: _Fields) -> None:
     """Looks at examples only, and most at those that have what it asks for."""
     part = model.blocks[layer].attention
-    size, start = part.head_dim, head * part.head_dim
+    size = cast(int, model.config.head_dim)
+    start = head * size
     loud = SURE * size**0.5
     for channel, (ask, have) in enumerate(zip(asks, has, strict=True)):
         part.q_proj.weight[start + channel, ask] = loud
@@ -87,7 +90,7 @@ def _head(model: Tiny, layer: int, head: int, asks: list[int], has: list[int], f
 
 def _move(model: Tiny, layer: int, head: int, source: list[int], target: list[int]) -> None:
     """Copies one field of what is looked at into another."""
-    part = model.blocks[layer].attention
+    part, start = model.blocks[layer].attention, head * cast(int, model.config.head_dim)
     for channel, (a, b) in enumerate(zip(source, target, strict=True)):
-        part.v_proj.weight[head * part.head_dim + channel, a] = 1.0
-        part.o_proj.weight[b, head * part.head_dim + channel] = 1.0
+        part.v_proj.weight[start + channel, a] = 1.0
+        part.o_proj.weight[b, start + channel] = 1.0
