@@ -71,3 +71,10 @@ def test_binomial_interval() -> None:
     low, high = stats.binomial_interval(50, 100)
     assert low == pytest.approx(0.404, abs=0.002) and high == pytest.approx(0.596, abs=0.002)
     assert np.isnan(stats.binomial_interval(0, 0)).all()
+
+
+def test_sign_test_is_that_of_fair_coins() -> None:
+    assert stats.sign_test(np.array([1.0, 2.0, -1.0, 3.0])) == pytest.approx(5 / 16)
+    assert stats.sign_test(np.array([0.5, 0.0, 0.5, 0.0])) == pytest.approx(1 / 4)
+    assert stats.sign_test(np.zeros(3)) == 1.0
+    assert stats.sign_test(np.ones(30)) == pytest.approx(2.0**-30)
