@@ -14,7 +14,7 @@ from headwise.features import LIB, ConceptDepth, LmHeadNeurons, LogitLens, ObsPr
 from headwise.features.concept_depth import depths
 from headwise.features.lib import interactions
 from headwise.features.lm_head_neurons import strongest
-from headwise.features.obs_prop import coupling
+from headwise.features.obs_prop import amounts, coupling, first_column
 from headwise.method import catalogue, load
 from headwise.reader import FeatureMethod, Map, Reader, ending, states
 from headwise.tap import tap
@@ -291,6 +291,24 @@ def test_what_a_head_adds_is_its_pattern_times_the_reading(kind, models):
             continue  # A gate behind the head is no part of the path.
         mine = torch.stack([read[f"L{layer}.H{i}"][0, 0, 0] for i in range(weights.heads(layer))])
         assert torch.allclose(mine, values[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_the_first_column_is_read_under_its_own_scale(kind, models):
+    """One prompt of two columns: each has a scale of its own, so that pattern times amounts is exact."""
+    model = models[kind]
+    end = torch.ones(1, 1, dtype=torch.long)
+    one = Batch({"input_ids": torch.tensor([[7, 9]])}, at=end, answer=end + 4, foil=end + 5)
+    weights, first = Weights(model), first_column(one)
+    reader = ObsProp(chains=0).fit(model, [one])
+    toward = (weights.readout[5] - weights.readout[6])[None, None]
+    with torch.no_grad(), tap(model, "pattern", "resid_pre") as t:
+        model(**one.inputs)
+    assert first.tolist() == [[True, False]]
+    for layer, values in direct_attribution(weights, one, toward).items():
+        pattern, stream = t[f"L{layer}.pattern"][0, :, 1], t[f"L{layer}.resid_pre"]
+        mine = [(pattern[i] * amounts(reader, f"L{layer}.H{i}", stream, first)[0]).sum() for i in range(len(pattern))]
+        assert torch.allclose(torch.stack(mine), values[0], rtol=1e-3, atol=1e-4)
 
 
 def test_coupling_is_that_of_even_activations(models):
