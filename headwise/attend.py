@@ -19,6 +19,8 @@ def attend_openly(
         see: called with ("scores", scores) and ("pattern", pattern); what it returns takes their place.
         options: what the model passes along: scaling, softcap, position_bias, s_aux, sinks, dropout, is_causal.
 
+    A module that mixes values otherwise gives its own scores, [B, H, Tq, Tk], by a method `open_scores`.
+
     Returns:
         z [B, Tq, H, dv] and pattern [B, H, Tq, Tk].
     """
@@ -28,6 +30,8 @@ def attend_openly(
     # The query heads of one KV head stand below each other, so that keys and values are never copied.
     scores = query.reshape(batch, kv_heads, -1, size) @ key.transpose(2, 3)
     scores = (scores * (size**-0.5 if scaling is None else scaling)).view(batch, heads, length, width)
+    if hasattr(module, "open_scores"):
+        scores = module.open_scores(query, key, mask, scaling)
     if options.get("softcap") is not None:
         scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
     if options.get("position_bias") is not None:

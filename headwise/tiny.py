@@ -5,7 +5,7 @@ positions and dropout, and neither takes vectors as its native input or leaves n
 small, and attends by transformers' attention interface like the others.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -19,6 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from headwise.attend import attend_openly
+from headwise.method import catalogue, find, load
+
+if TYPE_CHECKING:
+    from headwise.mixing import AttentionMethod
 
 POSITIONS = ("rope", "learned", "onehot", "none")
 NORMS = ("layer", "rms", "none")
@@ -41,6 +45,8 @@ class TinyConfig(PreTrainedConfig):
         outputs: numbers it gives at each position; 0 for one a token.
         classifier: widths of hidden ReLU layers of the readout; () for a linear one.
         bias: biases in the attention projections.
+        mixer: a method of the attention room in place of softmax attention, as its `identity()` names it:
+            {"name": "attention.hgrn2", "fields": {"keep": 4.0}}; None for softmax attention.
         embed_std: standard deviation of fresh token and position embeddings; all else is LeCun normal.
 
     Raises:
@@ -75,6 +81,7 @@ class TinyConfig(PreTrainedConfig):
     outputs: int = 0
     classifier: list[int] | tuple[int, ...] = ()
     bias: bool = False
+    mixer: dict[str, Any] | None = None
     embed_std: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -108,6 +115,10 @@ class TinyConfig(PreTrainedConfig):
             self.input_size or self.classifier or self.outputs not in (0, self.vocab_size)
         ):
             raise ValueError("Only a linear readout into the tokens that are read can be tied to their embedding.")
+        if self.mixer is not None:
+            chosen_mixer(self.mixer)
+            if not self.causal:
+                raise ValueError(f"{self.mixer['name']} looks back only; a Tiny that is not causal cannot mix by it.")
 
     @property
     def content(self) -> int:
@@ -123,8 +134,10 @@ class TinyConfig(PreTrainedConfig):
 
 def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention in the open, the same computation that headwise enters by."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in the open, the same computation that headwise enters by; or the layer's own mixer."""
+    if isinstance(module, TinyMixing):
+        return module.mix(query, key, value, attention_mask, options.get("scaling")), None
     return attend_openly(module, query, key, value, attention_mask, lambda _, seen: seen, options)
 
 
@@ -174,6 +187,40 @@ class TinyAttention(nn.Module):
         return self.o_proj(z.reshape(*shape[:2], -1))
 
 
+def chosen_mixer(named: dict[str, Any]) -> "AttentionMethod":
+    """The method that a config names. Raises ValueError where there is none such, or it lacks an option."""
+    card = find(str(named.get("name")))
+    if card.room != "attention":
+        known = ", ".join(one.name for one in catalogue("attention"))
+        raise ValueError(f"{card.name} does not mix values; allowed are {known}.")
+    options = named.get("fields", {})
+    for name in options:
+        if name not in card.fields:
+            raise ValueError(f"{card.name} has no field {name!r}; it has {', '.join(card.fields)}.")
+    return cast("AttentionMethod", load(card.name)(**options))
+
+
+class TinyMixing(TinyAttention):
+    """Another mixer between the same projections. Its pattern in the open is the softmax of what it gives as scores."""
+
+    def __init__(self, config: TinyConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.method = chosen_mixer(cast(dict, config.mixer))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Mixed values [B, Tq, H, dv]."""
+        return self.method.attend(query, key, value, _seen(mask), scale).transpose(1, 2).contiguous()
+
+    def open_scores(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """[B, H, Tq, Tk] logarithms of the weights that the mixer gives to values."""
+        every = torch.eye(key.shape[2], dtype=query.dtype, device=query.device).expand(*key.shape[:2], -1, -1)
+        return self.method.naive(query, key, every, _seen(mask), scale).clamp_min(1e-30).log()
+
+
+def _seen(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0
+
+
 class TinyMLP(nn.Module):
     """Up, activation, down."""
 
@@ -194,7 +241,7 @@ class TinyBlock(nn.Module):
         super().__init__()
         self.residual = config.residual
         self.attention_norm = _norm(config)
-        self.attention = TinyAttention(config, layer)
+        self.attention = (TinyMixing if config.mixer else TinyAttention)(config, layer)
         if config.mlp:
             self.mlp_norm = _norm(config)
             self.mlp = TinyMLP(config)
@@ -241,6 +288,8 @@ class Tiny(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["TinyBlock"]
 
     def __init__(self, config: TinyConfig) -> None:
+        # Fused attention knows no other mixer.
+        self._supports_sdpa = config.mixer is None
         super().__init__(config)
         if config.input_size:
             self.main_input_name = "inputs_embeds"

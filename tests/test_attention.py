@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.anatomy import anatomy
-from headwise.attention import CCA, FlexPrefill, Landmark, StreamingPrefill
+from headwise.attention import CCA, HGRN2, FlexPrefill, Landmark, StreamingPrefill
 from headwise.attention.flex_prefill import _cover, _divergence
 from headwise.attention.landmark import with_landmarks
 from headwise.method import catalogue, load
@@ -25,8 +25,11 @@ SMALL = {
     "attention.streaming_prefill": {"sink": 2, "window": 5, "block": 4},
     "attention.landmark": {"block": 4, "top": 2},
     "attention.cca": {"group": 3, "window": 5, "block": 8},
+    "attention.hgrn2": {"keep": 1.0, "block": 4},
 }
-# Fields with which a method is plain attention.
+# Recurrent methods, whose memory of the past has one size; the twin of these is a mixture of values too.
+RECURRENT = {"attention.hgrn2"}
+# Fields with which a method is plain attention, which all but the recurrent ones have.
 FULL = {
     "attention.flex_prefill": {"block": 4, "budget": 4, "gamma": 1.0},
     "attention.streaming_prefill": {"sink": 0, "window": 10**6, "block": 7},
@@ -82,7 +85,11 @@ def test_rows_of_the_pattern_sum_to_one_and_never_look_ahead(name):
     assert pattern.masked_select(~causal(30, 30)).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_all_but_the_recurrent_can_be_plain_attention():
+    assert set(METHODS) == set(FULL) | RECURRENT
+
+
+@pytest.mark.parametrize("name", FULL)
 def test_with_the_right_fields_it_is_plain_attention(name):
     q, k, v = values(33, 33)
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -146,7 +153,7 @@ def test_a_model_attends_so_and_is_as_it_was_after(name, kind, padded, models):
     assert len(notes.table()) == 8
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FULL)
 def test_as_plain_attention_it_leaves_the_logits(name, models):
     inputs = FAMILIES["llama"].inputs(length=22, padded=True)
     real = inputs["attention_mask"].bool()
@@ -282,6 +289,7 @@ def test_masks_of_other_kinds():
         (Landmark, {"block": 0}),
         (Landmark, {"top": -1}),
         (CCA, {"group": 0}),
+        (HGRN2, {"block": 0}),
     ],
 )
 def test_fields_out_of_range(method, fields):
