@@ -178,15 +178,18 @@ def test_what_cannot_be_searched_is_a_sentence():
 
 
 def test_outcomes_follow_the_checks():
-    plain = np.linspace(2.0, 3.0, 30)
-    found = HiddenStatesOnText()._judge(plain, plain - 0.1, plain[:15] - 0.1, 0.01, {0.01: 2.0})
-    assert found.outcome == "holds" and "30 of 30" in found.measured
-    assert HiddenStatesOnText()._judge(plain, plain + 0.1, plain[:15], 0.01, {}).outcome == "fails"
-    assert HiddenStatesOnText()._judge(plain, plain - 0.1, plain[:15], 0.01, {}).outcome == "partly"
     beams = [[(BAD[0], -0.5), (GOOD[0], -1.2)], [(GOOD[1], -1.0)]]
-    judge = ConditionedBeams()._judge
-    assert judge(BEAMS, beams, [(GOOD[0], -1.2), (GOOD[1], -1.0)]).outcome == "holds"
-    assert judge(BEAMS, beams, [(GOOD[0], -1.4), (GOOD[1], -1.0)]).outcome == "partly"
-    assert judge(BEAMS, beams, [(BAD[0], -0.2), (GOOD[1], -1.0)]).outcome == "fails"
-    never = judge(BEAMS, beams[:1] * 2, [(GOOD[0], -1.2), (GOOD[1], -1.0)])
-    assert never.numbers["filtered"] == [-1.2, -1.2] and never.outcome == "holds"
+    judged = ConditionedBeams(least_before=50.0).judged
+    good = judged(BEAMS, beams, [(GOOD[0], -1.2), (GOOD[1], -1.0)])
+    assert list(good[2].values()) == [True, True, True]
+    assert list(judged(BEAMS, beams, [(GOOD[0], -1.4), (GOOD[1], -1.0)])[2].values()) == [True, False, True]
+    assert list(judged(BEAMS, beams, [(BAD[0], -0.2), (GOOD[1], -1.0)])[2].values()) == [False, True, True]
+    lost = judged(BEAMS, [[(BAD[0], -0.5)], beams[1]], [(GOOD[0], -1.2), (GOOD[1], -1.0)])
+    assert lost[3]["filtered"] == [None, -1.0] and list(lost[2].values()) == [True, True, True]
+    plain, judge = np.linspace(2.0, 3.0, 30), HiddenStatesOnText()._judge
+    found = judge(plain, plain - 0.1, plain[:15] - 0.1, 0.01, {0.01: 2.0}, good)
+    assert found.outcome == "holds" and "30 of 30" in found.measured
+    assert judge(plain, plain + 0.1, plain[:15], 0.01, {}, good).outcome == "fails"
+    assert judge(plain, plain - 0.1, plain[:15], 0.01, {}, good).outcome == "partly"
+    worse = judged(BEAMS, beams, [(BAD[0], -0.2), (GOOD[1], -1.0)])
+    assert judge(plain, plain - 0.1, plain[:15] - 0.1, 0.01, {}, worse).outcome == "partly"

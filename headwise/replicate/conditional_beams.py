@@ -1,43 +1,44 @@
 """Making the Most of your Model: Methods for Finetuning and Applying Pretrained Transformers. Yoshida, 2024.
 arXiv:2408.16241
 
-Row s067 of the mission, its second half. The default model goes on with real text by beams. A classifier learns from
-its beams and samples after other texts what beginnings become degenerate; the search is then conditioned on it.
+The second half of the replication of row s067, whose first is in hidden_states.py. The default model goes on with real
+text by beams. A classifier learns from its beams and samples after other texts what beginnings become degenerate; the
+search is then conditioned on it.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.data import HeldOut
 from headwise.decode import ConditionalBeams
-from headwise.models import open_model
 from headwise.progress import hidden
-from headwise.replicate import Outcome, Replication, settle
 from headwise.replicate.runs import continued
 
 PROMPT, ROWS = 32, 8
 Found = tuple[list[int], float]  # a text without its end, and its mean log-probability in nats a token
+Part = tuple[str, str, dict[str, bool], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class ConditionedBeams(Replication):
-    """Degenerate texts and their likelihood, by beams, by beams of which the best good one is kept, and conditioned."""
+class ConditionedBeams:
+    """Degenerate texts and their likelihood, by beams, by beams of which the best good one is kept, and conditioned.
 
-    row: ClassVar[str] = "s067"
-    claim: ClassVar[str] = "Beam search conditioned on texts that are not degenerate finds likely ones that are not."
-    paper: ClassVar[str] = "outputs that are likely and neither empty nor repetitive; no one figure"
+    Fields:
+        n: prompts to learn from, and as many to search after.
+        least_before: percent of ordinary beams that must be degenerate for there to be something to mend.
+    """
 
-    least_before: ClassVar[float] = 20.0
+    n: int = 16
+    least_before: float = 20.0
 
-    def run(self, seed: int = 0) -> Outcome:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Part:
         """Learn from texts after some prompts, search after others."""
-        model, tokenizer = open_model("default")
-        method, n = ConditionalBeams(most=32), 48 if self.full else 16
+        method, n = ConditionalBeams(most=32), self.n
         task = HeldOut(length=PROMPT)
         dev, test = (task.make(tokenizer, n, at).ids for at in (seed + 1000, seed))
         plain, every = {"num_beams": method.beams}, {"num_return_sequences": method.beams}
@@ -52,7 +53,7 @@ class ConditionedBeams(Replication):
             judge = method.learn(known)
             beams = self._all(model, test, method, {**plain, **every}, bar)
             ours = self._all(model, test, method, {"judge": judge}, bar)
-        return self._judge(method, beams, [texts[0] for texts in ours])
+        return self.judged(method, beams, [texts[0] for texts in ours])
 
     def _all(
         self, model: PreTrainedModel, prompts: Tensor, method: ConditionalBeams, options: dict[str, Any], bar: tqdm
@@ -80,7 +81,8 @@ class ConditionedBeams(Replication):
             found.append((text[:stop], sum(told) / len(told)))
         return found
 
-    def _judge(self, method: ConditionalBeams, beams: list[list[Found]], ours: list[Found]) -> Outcome:
+    def judged(self, method: ConditionalBeams, beams: list[list[Found]], ours: list[Found]) -> Part:
+        """Of what every search found after each prompt: the words, the baseline's words, the checks, the numbers."""
         n = len(ours)
         bad = 100 * sum(method.degenerate(texts[0][0]) for texts in beams) / n
         left = sum(method.degenerate(text) for text, _ in ours)
@@ -104,4 +106,4 @@ class ConditionedBeams(Replication):
             f"{method.beams}: none for {n - len(pairs)} prompts, else {kept:.3f}"
         )
         numbers = {"ours": [log for _, log in ours], "beams": [texts[0][1] for texts in beams], "filtered": good}
-        return settle(measured, baseline, checks, {**numbers, "degenerate": {"ours": left, "beams %": bad}})
+        return measured, baseline, checks, {**numbers, "degenerate": {"ours": left, "beams %": bad}}
