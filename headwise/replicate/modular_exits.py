@@ -19,7 +19,7 @@ from headwise.lab import ModularExits as Method
 from headwise.models import open_model
 from headwise.replicate import Outcome, Replication, settle
 
-EXITS = (2, 4, 6)
+EXITS, LENGTH = (2, 4, 6), 24
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class ModularExits(Replication):
         opened = getattr(opened, "base_model", opened)
         pairs, wanted = documented(seed), 800 if self.full else 400
         test, rest = pairs[:wanted], pairs[wanted:]
-        steps = 300 if self.full else 50
+        steps, batch = (300, 24) if self.full else (30, 16)
         found: dict[str, dict[int, float]] = {"untuned": self._recalls(opened, tokenizer, test, EXITS)}
         for name, exits in (("together", EXITS), *((f"{number} alone", (number,)) for number in EXITS)):
             model = self._short(opened, exits[-1])
             torch.manual_seed(seed)
-            Method(exits=exits).train(model, tokenizer, rest, steps=steps, seed=seed)
+            Method(exits, length=LENGTH).train(model, tokenizer, rest, steps=steps, batch=batch, rate=2e-4, seed=seed)
             found[name] = self._recalls(model, tokenizer, test, exits)
         return self._judge(found, len(test), len(rest), digest([sentence for sentence, _ in pairs]))
 
@@ -59,7 +59,8 @@ class ModularExits(Replication):
         """{exit: percent of sentences whose function is among the ten nearest}."""
         found = {}
         for number in exits:
-            said, code = (Method().embed(model, tokenizer, [pair[side] for pair in test], number) for side in (0, 1))
+            method = Method(length=LENGTH)
+            said, code = (method.embed(model, tokenizer, [pair[side] for pair in test], number) for side in (0, 1))
             near = (said @ code.T).topk(10).indices
             found[number] = 100 * float((near == torch.arange(len(test))[:, None]).any(1).float().mean())
         return found
