@@ -3,7 +3,7 @@
 Row s062 of the mission. Scaled down: few channels, and x and the example before it share a position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from headwise.comparison import Condition
@@ -41,8 +41,8 @@ class BayesianPrism(Experiment):
         }
         shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024} if self.full else {}
         training = Training(
-            steps=500_000 if self.full else 1500,
-            batch=64,
+            steps=500_000 if self.full else 2500,
+            batch=64 if self.full else 32,
             lr=1e-4 if self.full else 2e-3,
             warmup=100,
             decay="cosine",
@@ -50,6 +50,11 @@ class BayesianPrism(Experiment):
             measure_every=500,
             rows=256,
         )
+        # A step on waves takes longer, for there are more examples.
+        shorter = training if self.full else replace(training, steps=1600)
         return {
-            name: Condition(TinyConfig(**lesson.config(**shape)), lesson, training) for name, lesson in lessons.items()
+            name: Condition(
+                TinyConfig(**lesson.config(**shape)), lesson, shorter if isinstance(lesson, FourierSeries) else training
+            )
+            for name, lesson in lessons.items()
         }

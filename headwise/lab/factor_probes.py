@@ -48,7 +48,7 @@ class FactorProbes(Experiment):
         lesson = HiddenFactors(factors=4, values=4) if self.full else HiddenFactors()
         many, few = (
             Training(steps=longer * count, batch=64, lr=3e-3, warmup=50, clip=1.0, measure_every=longer * 25, rows=512)
-            for count in (1500, 500)
+            for count in (1000, 400)
         )
         model = TinyConfig(**lesson.config())
         switch = Switch(lesson.on("named"), steps(0, self.head_start))

@@ -35,8 +35,8 @@ class ICLUncertainty(Experiment):
         size = {"dim": 8, "length": 100, "apart": True} if self.full else {"length": self.length}
         shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024, "act": "gelu"} if self.full else {}
         training = Training(
-            steps=200_000 if self.full else 2000,
-            batch=64,
+            steps=200_000 if self.full else 2500,
+            batch=64 if self.full else 32,
             lr=1e-4 if self.full else 2e-3,
             warmup=100,
             decay="cosine",
