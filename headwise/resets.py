@@ -19,12 +19,14 @@ class Reset:
         when: the steps at which it happens, such as `every(25) & steps(0, 3000)`.
         std: of the fresh values, around 0; None for mean and standard deviation that the parameter had at the start.
         moments: whether the optimiser forgets what it gathered on this parameter, and only on this.
+        rows: only these of its first axis, such as the tokens (100, 200), the second not with them; None for all.
     """
 
     name: str
     when: When = always
     std: float | None = None
     moments: bool = True
+    rows: tuple[int, int] | None = None
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are meant. Raises ValueError where there are none."""
@@ -47,11 +49,15 @@ class Reset:
         """Draw anew, and clear the moments."""
         for name, value in self.chosen(model).items():
             mean, std = spreads[name] if self.std is None else (0.0, self.std)
+            part = slice(*(self.rows or (0, None)))
             with torch.no_grad():
-                value.copy_(torch.randn(value.shape, generator=draw).to(value.device) * std + mean)
+                fresh = torch.randn(value[part].shape, generator=draw)
+                value[part] = fresh.to(value.device) * std + mean
             if self.moments:
                 for moment in optimiser.state.get(value, {}).values():
-                    if isinstance(moment, Tensor):
+                    if isinstance(moment, Tensor) and moment.shape == value.shape:
+                        moment[part] = 0
+                    elif isinstance(moment, Tensor) and self.rows is None:  # the count of updates
                         moment.zero_()
 
 

@@ -150,6 +150,12 @@ def test_a_reset_clears_the_moments_of_its_parameter_only():
         assert torch.equal(value, before[name]) != hit
         assert bool(optimiser.state[value]["exp_avg_sq"].any()) != hit and moments[name].any()
         assert (float(optimiser.state[value]["step"]) == 0) == hit
+    part = Reset("embed.weight", rows=(2, 5))
+    part.apply(model, optimiser, part.spreads(model), torch.Generator().manual_seed(0))
+    changed = (model.embed.weight.detach() != before["embed.weight"]).any(-1)
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4]
+    state = optimiser.state[model.embed.weight]
+    assert not state["exp_avg_sq"][2:5].any() and state["exp_avg_sq"][5:].any() and float(state["step"]) == 3
 
 
 def test_schedules_say_when():
