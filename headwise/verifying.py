@@ -138,13 +138,15 @@ class Verifying:
         began, self.stats = time.perf_counter(), Stats(rows=input_ids.shape[0])
         rules = Rules(logits_processor, stopping_criteria, generation_config, len(input_ids))
         one = _Run(self, model, input_ids, rules, model_kwargs)
-        with self.drafter.watch(model), torch.no_grad():
-            one.begin(generation_config)
-            self.stats.prefill = time.perf_counter() - began
-            while one.active:
-                self._told(began)
-                one.step()
-        end_recording(one.cache)
+        try:
+            with self.drafter.watch(model), torch.no_grad():
+                one.begin(generation_config)
+                self.stats.prefill = time.perf_counter() - began
+                while one.active:
+                    self._told(began)
+                    one.step()
+        finally:
+            end_recording(one.cache)
         self._told(began)
         if self.streamer is not None:
             self.streamer.end()
