@@ -42,19 +42,21 @@ def self_written(
     """
     kept, state = [], torch.get_rng_state()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    for number, part in enumerate(prompts.split(rows), start=first):
-        torch.manual_seed(seed * 100_003 + number)
-        options = sampling or {"do_sample": False}
-        kept.append(
-            model.generate(
-                part.to(model.device),
-                attention_mask=torch.ones_like(part).to(model.device),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                **options,
-            ).cpu()
-        )
-    torch.set_rng_state(state)
+    try:
+        for number, part in enumerate(prompts.split(rows), start=first):
+            torch.manual_seed(seed * 100_003 + number)
+            options = sampling or {"do_sample": False}
+            kept.append(
+                model.generate(
+                    part.to(model.device),
+                    attention_mask=torch.ones_like(part).to(model.device),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    **options,
+                ).cpu()
+            )
+    finally:
+        torch.set_rng_state(state)
     return torch.cat(kept)
 
 
