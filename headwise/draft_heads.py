@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, silu, smooth_l1_loss
@@ -170,7 +171,10 @@ class DraftHeads(nn.Module):
             )
         method = load(facts["name"])(**{key: _tuples(value) for key, value in facts["fields"].items()})
         heads = method.untrained(model)
-        heads.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        try:
+            heads.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as problem:
+            raise ValueError(f"{folder} holds no draft heads: {' '.join(str(problem).split())}.") from problem
         return heads.to(model.device, model.dtype).eval()
 
 
