@@ -19,6 +19,8 @@ from headwise.tape import Tape
 class EditCallback(TrainerCallback):
     """Holds edits and makes resets while a `Trainer` trains; evaluation runs without them.
 
+    A Trainer tells its callbacks nothing when a step raises: what was held then stays held until it trains again.
+
     Attributes:
         tape: what the Trainer logged: "loss" on "train", "eval_loss" as "loss" on "eval"; `after` reads it.
 
@@ -41,7 +43,8 @@ class EditCallback(TrainerCallback):
         self._stack = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
-        """Remember how the parameters are spread that will be drawn anew."""
+        """Remember how the parameters are spread that will be drawn anew; let go of what a stopped training held."""
+        self._stack.close()
         for reset in self.resets:
             self._spreads |= reset.spreads(model)
 
@@ -51,9 +54,10 @@ class EditCallback(TrainerCallback):
         """Draw anew what is due, and hold what is on."""
         step = state.global_step
         inner = getattr(optimizer, "optimizer", optimizer)
+        draw = generator(self.seed, 3, step)
         for reset in self.resets:
             if reset.when.on(step, self.tape):
-                reset.apply(model, inner, self._spreads, generator(self.seed, 3, step))
+                reset.apply(model, inner, self._spreads, draw)
         active = [one for one in self.edits if one.when.on(step, self.tape)]
         if active:
             self._stack.enter_context(holding(model, active, Scene(step=step)))
@@ -70,5 +74,5 @@ class EditCallback(TrainerCallback):
                 self.tape.add(state.global_step, name.removeprefix("eval_"), split, "", float(value))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go, whatever happened."""
+        """Let go."""
         self._stack.close()
