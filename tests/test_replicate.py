@@ -16,6 +16,7 @@ from headwise.replicate import KEYS, Outcome, Replication, judge, settle
 
 ROWS = {
     "constant_memory": "s002",
+    "local_experience": "s026",
     "qk_score": "s010",
     "infllm": "s044",
     "fact_or_context": "s058",
@@ -36,6 +37,10 @@ ROWS = {
     "back_patching": "s139",
     "long_heads": "s115",
     "lserve": "s123",
+    "fused_logits": "s073",
+    "hidden_states": "s067",
+    "modular_exits": "s141",
+    "ponder_exit": "s155",
     "masked_steps": "s023",
     "length_generalization": "s048",
     "noisy_traces": "s049",
