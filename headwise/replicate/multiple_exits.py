@@ -154,5 +154,12 @@ class MultipleExits(Replication):
             )
 
         measured = f"{words('MuE')} ({kept:.1%} of the whole model's {numbers['full']:.1f} %); {n} sentences"
-        baseline = f"confidence: {words('confidence')}; similarity in the decoder alone: {words('decoder alone')}"
+        if bottom := [name for name, limit in numbers["thresholds"].items() if limit == GRID[0]]:
+            measured += (
+                f". The task is easy: for {' and '.join(bottom)} the lowest threshold tried, {GRID[0]:g}, was taken"
+            )
+        baseline = (
+            f"confidence, which encoders do not have: {words('confidence')}; similarity in the decoder alone: "
+            f"{words('decoder alone')}"
+        )
         return settle(measured, baseline, checks, numbers)
