@@ -146,7 +146,7 @@ def skipping(model: PreTrainedModel, layers: Collection[int], stack: str = "") -
         stack: "" for the decoder (or the only stack), "enc" for an encoder before a decoder.
 
     Raises:
-        ValueError: a block that does not exist, or one that must run for the cache to know its length.
+        ValueError: a block that does not exist, one that must run for the cache to know its length, or all blocks.
     """
     blocks = stack_blocks(model, stack)
     if strange := sorted(set(layers) - set(blocks)):
@@ -157,13 +157,15 @@ def skipping(model: PreTrainedModel, layers: Collection[int], stack: str = "") -
             f"Block {needed[0]} cannot be passed by: its cache tells the model how long the text is. "
             f"Always run: {', '.join(map(str, must_run(model, stack)))}."
         )
+    if not set(blocks) - set(layers):
+        raise ValueError(f"All {len(blocks)} blocks were to be passed by; at least 1 must run.")
     depths = Depths(len(blocks))
 
     def tell(_: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = _hidden(args, kwargs)
         depths.told.append(torch.full(hidden.shape[:2], len(blocks) - len(set(layers)), device=hidden.device))
 
-    first = next(number for number in blocks if number not in layers)
+    first = min(set(blocks) - set(layers))
     hook = blocks[first].register_forward_pre_hook(tell, with_kwargs=True)
     try:
         with ExitStack() as entered:
