@@ -22,7 +22,7 @@ from headwise.replicate import Outcome, Replication, settle
 from headwise.replicate.conditional_beams import ConditionedBeams, Part
 from headwise.stats import sign_test
 
-LENGTH = 320
+LENGTH = 256
 RATES = (0.003, 0.01, 0.03)
 
 
@@ -45,16 +45,16 @@ class HiddenStatesOnText(Replication):
     def run(self, seed: int = 0) -> Outcome:
         """Choose the step on some texts, judge on others."""
         model, tokenizer = open_model("default")
-        n, few = (96, 12) if self.full else (30, 6)
+        n, few = (96, 12) if self.full else (24, 4)
         task = HeldOut(length=LENGTH)
         dev, test = (task.make(tokenizer, rows, at).ids for rows, at in ((few, seed + 1000), (n, seed)))
         method = HiddenStates()
-        with tqdm(total=len(RATES) * few + 3 * n, desc="s067 texts", disable=hidden(), leave=False) as bar:
+        with tqdm(total=len(RATES) * few + 2 * n + n // 3, desc="s067 texts", disable=hidden(), leave=False) as bar:
             tried = {rate: float(self._nats(model, dev, replace(method, rate=rate), bar).mean()) for rate in RATES}
             best = min(tried, key=lambda rate: tried[rate])
             plain = self._nats(model, test, replace(method, rate=0.0), bar)
             moved = self._nats(model, test, replace(method, rate=best), bar)
-            thrice = self._nats(model, test[: n // 2], replace(method, rate=best / 2, steps=3), bar)
+            thrice = self._nats(model, test[: n // 3], replace(method, rate=best / 2, steps=3), bar)
         beams = ConditionedBeams(n=48 if self.full else 16).run(model, tokenizer, seed)
         return self._judge(plain, moved, thrice, best, tried, beams)
 
