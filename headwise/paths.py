@@ -67,11 +67,10 @@ class Paths:
                 "Clean and corrupt prompts must have the same number of tokens, or no path can be patched."
             )
         with torch.no_grad(), fast_matmul(model):
-            self.corrupt, self.other = self._take(self.batch.corrupt)
+            self.corrupt, self.other = self.take(self.batch.corrupt)
             with noting_tuples(edges.body) as self.tuples:
-                self.clean, self.own = self._take(self.batch.inputs)
-        width = self.own.end.shape[1]
-        names = [f"embed@{t}" for t in range(width)] if tokens else ["embed"]
+                self.clean, self.own = self.take(self.batch.inputs)
+        names = [f"embed@{t}" for t in range(self.own.end.shape[1])] if tokens else ["embed"]
         self.embeds = len(names)
         self.sources, self.targets = names + edges.sources[1:], edges.targets
         self.exists = torch.cat([edges.exists[:, :1].expand(-1, self.embeds), edges.exists[:, 1:]], 1)
@@ -80,26 +79,26 @@ class Paths:
         self.shared = True
         self.shared = self._agrees()
 
-    def _take(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Taken]:
-        taken = Taken()
+    def take(self, inputs: dict[str, Tensor], start: Tensor | None = None) -> tuple[Tensor, Taken]:
+        """The metric [B] of one run, and what it wrote and read; `start` [B, T, D] is what enters its first block."""
+        taken, first, rows = Taken(), Site(self.edges.parts[0].number, "resid_pre"), len(self.batch)
+        ended: dict[int, Tensor] = {}
 
         def keep(store: dict[int, Tensor], number: int) -> Callable:
             return lambda value: store.__setitem__(number, value.detach())
 
-        def end(value: Tensor) -> None:
-            taken.end = value.detach()
-
-        rows = len(self.batch)
         with ExitStack() as hooks:
+            if start is not None:
+                hooks.enter_context(listen(self.model, [(first, lambda given, _: start.to(given.dtype))]))
             for part in self.edges.parts:
                 before_input(hooks, part.before, keep(taken.resid, part.number), rows)
                 before_input(hooks, part.out, keep(taken.z, part.number), rows)
                 if part.mlp is not None:
                     before_input(hooks, part.mid, keep(taken.mid, part.number), rows)
                     after_output(hooks, part.mlp, keep(taken.mlp, part.number), rows)
-            before_input(hooks, self.edges.final, end, rows)
+            before_input(hooks, self.edges.final, keep(ended, 0), rows)
             value = self.metric(answer_logits(self.model, self.batch, inputs), self.batch)
-        taken.z = {n: z.unflatten(-1, (self.edges.heads[n][0], -1)) for n, z in taken.z.items()}
+        taken.end, taken.z = ended[0], {n: z.unflatten(-1, (self.edges.heads[n][0], -1)) for n, z in taken.z.items()}
         return value.detach(), taken
 
     def __len__(self) -> int:
@@ -120,18 +119,22 @@ class Paths:
     @cached_property
     def change(self) -> Tensor:
         """[B, sources, T, D] what each source writes on the corrupt prompt, minus what it writes on the clean one."""
+        return self.between(self.own, self.other)
+
+    def between(self, one: Taken, other: Taken) -> Tensor:
+        """[B, sources, T, D] what each source writes in the other run, minus what it writes in this one."""
         first = self.edges.parts[0].number
-        moved = (self.other.resid[first] - self.own.resid[first]).float()
+        moved = (other.resid[first] - one.resid[first]).float()
         found = moved.new_zeros(len(moved), len(self.sources), *moved.shape[1:])
         for i in range(self.embeds):
             columns = slice(None) if self.embeds == 1 else slice(i, i + 1)
             found[:, i, columns] = moved[:, columns]
         for part in self.edges.parts:
             n = part.number
-            for u, value in zip(self.heads_of(part), self.written(part, self.other.z[n] - self.own.z[n]), strict=True):
+            for u, value in zip(self.heads_of(part), self.written(part, other.z[n] - one.z[n]), strict=True):
                 found[:, u] = value
             if part.mlp is not None:
-                found[:, self.mlp_of(part)] = self.other.mlp[n] - self.own.mlp[n]
+                found[:, self.mlp_of(part)] = other.mlp[n] - one.mlp[n]
         return found
 
     def place(self, edge: Edge) -> tuple[int, int]:

@@ -6,6 +6,7 @@ would change there, it is the first-order estimate of patching that edge (attrib
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +14,33 @@ from torch import Tensor, nn
 from headwise.edges import Part, after_output, before_input
 from headwise.graph import CircuitMethod, Graph
 from headwise.listen import listen
-from headwise.paths import SIDES, Paths
+from headwise.paths import SIDES, Paths, Taken
 from headwise.scan import skipping
 from headwise.site import Site
 from headwise.task import Batch, answer_logits
 
 # Where a run is entered with another value: "embed", or the heads ("z") or the MLP ("mlp") of a layer.
 Entry = tuple[str, int]
+# A step between two prompts is halved as long as it is longer than this, to at most so many times the steps asked for.
+SHORTEST, MOST = 2.0**-20, 8
 
 
-def slopes(paths: Paths, entry: Entry = ("embed", 0), value: Tensor | None = None) -> Tensor:
+def slopes(
+    paths: Paths, entry: Entry = ("embed", 0), value: Tensor | None = None, change: Tensor | None = None
+) -> Tensor:
     """The gradient of the metric along every edge, at the clean run or at one with another value at `entry`.
 
     Args:
         entry: ("embed", 0), or ("z", layer) and ("mlp", layer); then only what reads it is measured.
         value: what stands at the entry, None for what the clean run has there: [B, T, D], for z [B, T, H, d].
+        change: [B, sources, T, D] what each source changes; by default what its corrupt value would.
 
     Returns:
         [B, targets, sources] the gradient times what the source would change, summed over columns; 0 where there is
         no edge.
     """
     kind, layer = entry
-    parts = paths.edges.parts
+    parts, change = paths.edges.parts, paths.change if change is None else change
     first = 0 if kind == "embed" else next(i for i, part in enumerate(parts) if part.number == layer)
     with torch.enable_grad(), _fixed_parameters(paths), ExitStack() as hooks:
         watch = _Watch(paths, hooks, parts[first:], entry, value)
@@ -43,10 +49,10 @@ def slopes(paths: Paths, entry: Entry = ("embed", 0), value: Tensor | None = Non
     gradients = dict(zip(watch.seen, found, strict=True))
     result = torch.zeros(len(paths), *paths.exists.shape, device=paths.model.device)
     for part in parts[first:]:
-        _into_block(paths, watch, part, gradients, result)
+        _into_block(paths, watch, part, gradients, change, result)
     end = gradients.get("end")
     if end is not None:
-        _contract(paths, result, [len(paths.targets) - 1], end[None])
+        _contract(paths, change, result, [len(paths.targets) - 1], end[None])
     return result * paths.exists.to(result.device)
 
 
@@ -62,6 +68,62 @@ def mean_slopes(paths: Paths, entry: Entry, clean: Tensor, corrupt: Tensor, step
     for step in range(1, steps):
         total += slopes(paths, entry, corrupt + step / steps * (clean - corrupt))
     return total / steps
+
+
+def followed(paths: Paths, steps: int) -> Tensor:
+    """What each edge passes on while the embeddings go from the corrupt prompt to the clean one, in small steps.
+
+    Over each step, the gradient in its middle times what the source changed meanwhile. So the edges across any cut of
+    the model add up to the whole difference of the metric, however sharp its turns are: where one step changes the
+    metric by more than its share, the step is halved.
+
+    Args:
+        steps: steps of equal length to begin with, and shares of the metric that one may change.
+
+    Returns:
+        [B, targets, sources] with the sign of `slopes`: what the metric gains towards the corrupt prompt.
+
+    Raises:
+        ValueError: there are no steps.
+    """
+    if steps < 1:
+        raise ValueError(f"A gradient cannot be taken at {steps} points; steps is at least 1.")
+    first = paths.edges.parts[0].number
+    clean, corrupt = paths.own.resid[first], paths.other.resid[first]
+
+    def between(at: Tensor) -> Tensor:
+        """Embeddings [B, T, D] a share [B] of the way from the corrupt to the clean ones."""
+        return torch.lerp(corrupt, clean, at[:, None, None].to(clean.dtype))
+
+    def run(at: Tensor) -> tuple[Tensor, Taken]:
+        with torch.no_grad():
+            return paths.take(paths.batch.inputs, between(at))
+
+    points = _points(lambda at: run(at)[0].float(), steps, len(paths), clean.device)
+    before = run(points[0])[1]
+    total = torch.zeros(len(paths), *paths.exists.shape, device=paths.model.device)
+    for low, high in pairwise(points):
+        after = run(high)[1]
+        total += slopes(paths, value=between((low + high) / 2), change=paths.between(after, before))
+        before = after
+    return total
+
+
+def _points(value: Callable[[Tensor], Tensor], steps: int, rows: int, device: torch.device) -> Tensor:
+    """[K, B] from 0 to 1, by row, so near to each other that `value` changes little from one to the next."""
+    at = torch.linspace(0, 1, steps + 1, device=device)[:, None].repeat(1, rows)
+    values = torch.stack([value(one) for one in at])
+    while len(at) <= MOST * steps:
+        length, jump = at.diff(dim=0), values.diff(dim=0).abs()
+        whole = values.amax(0) - values.amin(0)
+        jump = jump * (length > SHORTEST)
+        if bool((jump <= 1.25 * whole / steps).all()):
+            break
+        where = jump.argmax(0, keepdim=True)
+        new = at.gather(0, where) + length.gather(0, where) / 2
+        at, order = torch.cat([at, new]).sort(0)
+        values = torch.cat([values, value(new[0])[None]]).gather(0, order)
+    return at
 
 
 def attributed(method: CircuitMethod, parts: list[Paths], batch: Batch, found: list[Tensor]) -> Graph:
@@ -143,7 +205,7 @@ class _Watch:
         return view
 
 
-def _into_block(paths: Paths, watch: _Watch, part: Part, gradients: dict, result: Tensor) -> None:
+def _into_block(paths: Paths, watch: _Watch, part: Part, gradients: dict, change: Tensor, result: Tensor) -> None:
     """Gradients at a block's inputs, from those at its queries, keys and values back through weights and norm."""
     edges, number = paths.edges, part.number
     rows, targets = [], []
@@ -163,15 +225,14 @@ def _into_block(paths: Paths, watch: _Watch, part: Part, gradients: dict, result
         with torch.enable_grad():
             start = given.expand(len(rows), *given.shape).clone().requires_grad_()
             (back,) = torch.autograd.grad(part.before.forward(start), start, normed)
-        _contract(paths, result, targets, back)
+        _contract(paths, change, result, targets, back)
     mlp = gradients.get(("mlp", number))
     if mlp is not None:
-        _contract(paths, result, list(part.readers["mlp"]), mlp.reshape(1, *given.shape))
+        _contract(paths, change, result, list(part.readers["mlp"]), mlp.reshape(1, *given.shape))
 
 
-def _contract(paths: Paths, result: Tensor, targets: list[int], gradient: Tensor) -> None:
+def _contract(paths: Paths, change: Tensor, result: Tensor, targets: list[int], gradient: Tensor) -> None:
     """Put gradients [A, B, T, D] at inputs, times every source's change, into their rows of the result."""
-    change = paths.change
     read = int(paths.exists[targets].any(0).nonzero().max()) + 1
     flat = gradient.detach().float().transpose(0, 1).flatten(2)
     result[:, targets, :read] = torch.bmm(flat, change[:, :read].flatten(2).transpose(1, 2))

@@ -9,12 +9,12 @@ import torch
 from families import ALL
 from test_heads import make, traces
 
-from headwise.circuits import Eap, EapIg, EapIgActivations, PathPatching
+from headwise.circuits import Conductance, Eap, EapIg, EapIgActivations, PathPatching
 from headwise.data import IOI, Induction, Planted
 from headwise.graph import CircuitMethod, Graph
 from headwise.method import catalogue, load
 from headwise.paths import prepare
-from headwise.slopes import slopes
+from headwise.slopes import followed, slopes
 from headwise.task import logit_diff
 
 METHODS = [card.name for card in catalogue("circuits") if issubclass(load(card.name), CircuitMethod)]
@@ -84,10 +84,20 @@ def test_a_slope_behind_an_unchanged_value_is_the_same(kind):
         assert torch.allclose(slopes(paths, ("mlp", n))[:, later, at], whole[:, later, at], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_what_edges_pass_on_adds_up_across_every_cut(kind):
+    (paths,) = prepare(ALL[kind].build(), make(kind), logit_diff)
+    found, whole = -followed(paths, 48), (paths.clean - paths.corrupt).float()
+    cuts = [(paths.heads_of(part).start, part.readers["q"].start) for part in paths.edges.parts]
+    for source, target in [*cuts, (len(paths.sources), len(paths.targets) - 1)]:
+        across = found[:, target:, :source].sum((1, 2))
+        assert torch.allclose(across, whole, rtol=0.02, atol=0.01 * float(whole.abs().max())), (source, target)
+
+
 def test_between_equal_prompts_no_edge_is_worth_anything():
     model, batch = ALL["llama"].build(), make("llama")
     same = dataclasses.replace(batch, corrupt=batch.inputs)
-    for method in (PathPatching(), Eap(), EapIg(), EapIgActivations()):
+    for method in (PathPatching(), Eap(), EapIg(), EapIgActivations(), Conductance()):
         assert method.find(model, same).table["weight"].abs().max() < 1e-5
 
 
@@ -109,6 +119,8 @@ def test_senders_and_receivers_choose_edges():
             PathPatching(**wrong).find(model, batch)
     with pytest.raises(ValueError, match="cannot be taken at 0 points"):
         EapIg(steps=0).find(model, batch)
+    with pytest.raises(ValueError, match="cannot be taken at 0 points"):
+        Conductance(steps=0).find(model, batch)
 
 
 def test_parts_of_a_batch_give_what_the_whole_gives():
@@ -150,6 +162,17 @@ def test_path_patching_finds_planted_circuits_and_nothing_else(seed):
         assert must <= found <= must | may
         assert set(graph.above(1.0).pruned().edges) >= must
         assert all(graph[edge] > 10 for edge in must)
+
+
+@pytest.mark.parametrize("seed", [5, pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
+def test_conductance_finds_planted_circuits_at_their_full_sharpness(seed):
+    planted = Planted().build(seed)
+    mover = next(unit for unit, role in planted.truth.items() if role == "name mover")
+    for task, must, may in chains(planted.truth):
+        graph = Conductance().find(planted.model, task.make(planted.tokenizer, 2, seed))
+        least = 0.1 * max(abs(graph[edge]) for edge in graph.edges)
+        # On the corrupt prompt the mover still looks at the second mention, whose name is another.
+        assert must <= set(graph.above(least).edges) <= must | may | {("embed", value(mover))}
 
 
 @pytest.mark.slow
