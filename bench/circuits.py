@@ -1,7 +1,7 @@
 """How well cheap edges rank against exact path patching, and circuit discovery against its peers.
 
-python bench/circuits.py spearman [--prompts 3 --edges 120]    writes bench/results/circuits_spearman.json
-python bench/circuits.py race [--prompts 4 --rounds 2]         writes bench/results/circuits_race.json
+python bench/circuits.py spearman [--tasks ioi --edges 150]    writes bench/results/circuits_spearman.json
+python bench/circuits.py race [--prompts 3 --rounds 2]         writes bench/results/circuits_race.json
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import headwise as hw
-from headwise.circuits import CDT, Eap, EapIg
+from headwise.circuits import CDT, Conductance, Eap, EapIg
 from headwise.graph import Graph
 from headwise.method import load
 from headwise.paths import prepare
@@ -31,50 +31,61 @@ from headwise.stats import spearman
 from headwise.task import logit_diff
 from headwise.worth import gap, outcomes, share
 
-TASKS = ("ioi", "greater_than", "induction")
+TASKS = ("ioi", "greater_than", "pronouns", "successor", "induction")
 SIZES = (100, 300, 1000, 3000)
 PEERS = ("headwise", "circuitkit", "auto_circuit")
 
 
-def sampled(graphs: list[Graph], count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Edges that all methods weigh: a third at random, the rest from the thousand largest of the first two methods."""
+def sampled(graphs: dict[str, Graph], count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Edges to be patched exactly: as many at random as from the thousand largest of each method."""
     draw = random.Random(f"edges {seed}")
-    known = sorted(set.intersection(*(set(graph.edges) for graph in graphs)))
-    found = set(draw.sample(known, min(len(known), count // 3)))
-    for graph in graphs[:2]:
-        large = sorted(set(graph.top(1000).edges).intersection(known) - found)
-        found |= set(draw.sample(large, min(len(large), count // 3)))
+    known = sorted(set.union(*(set(graph.edges) for graph in graphs.values())))
+    found = set(draw.sample(known, count // (1 + len(graphs))))
+    for graph in graphs.values():
+        large = sorted(set(graph.top(1000).edges) - found)
+        found |= set(draw.sample(large, min(len(large), count // (1 + len(graphs)))))
     return sorted(found)
 
 
-def rank(model, tokenizer, task: str, prompts: int, count: int) -> dict:
-    """Rank correlations with exact path patching over the same edges."""
+def rank(model, tokenizer, task: str, prompts: int, few: int, count: int) -> dict:
+    """Rank correlations with exact path patching: of each method over the sampled edges that it weighs.
+
+    CD-T runs on the first `few` prompts only, for it takes a pass a node, and is held against those.
+    """
     batch = load(f"data.{task}")().make(tokenizer, prompts, 0)
-    methods = {"eap": Eap(), "eap_ig": EapIg(), "cd_t": CDT(nodes=12)}
+    methods = {"eap": Eap(), "eap_ig": EapIg(), "conductance": Conductance(), "cd_t": CDT(nodes=12)}
+    rows = {name: few if name == "cd_t" else prompts for name in methods}
     graphs, seconds = {}, {}
     for name, method in methods.items():
         began = time.perf_counter()
-        graphs[name] = method.find(model, batch)
+        graphs[name] = method.find(model, batch.take(slice(0, rows[name])))
         seconds[name] = round(time.perf_counter() - began, 1)
-    edges = sampled(list(graphs.values()), count)
-    (paths,) = prepare(model, batch, logit_diff, prompts)
-    began = time.perf_counter()
-    exact = (paths.clean.cpu().float() - paths.single(edges, 8)).mean(1).numpy()
+    edges = sampled(graphs, count)
+    began, exact = time.perf_counter(), []
+    for paths in prepare(model, batch, logit_diff, 4):
+        exact.append((paths.clean.cpu().float() - paths.single(edges, 8)).numpy())
     seconds["exact"] = round(time.perf_counter() - began, 1)
-    found = {name: np.array([graph[edge] for edge in edges]) for name, graph in graphs.items()}
+    values = np.concatenate(exact, 1)
+    signed, sizes, weighed = {}, {}, {}
+    for name, graph in graphs.items():
+        at = [i for i, edge in enumerate(edges) if edge in graph]
+        mine, true = np.array([graph[edges[i]] for i in at]), values[at, : rows[name]].mean(1)
+        signed[name], sizes[name] = round(spearman(mine, true), 3), round(spearman(abs(mine), abs(true)), 3)
+        weighed[name] = len(at)
     return {
         "task": task, "prompts": prompts, "edges": len(edges), "of": len(paths.all()), "seconds": seconds,
-        "spearman": {name: round(spearman(values, exact), 3) for name, values in found.items()},
-        "of_sizes": {name: round(spearman(abs(values), abs(exact)), 3) for name, values in found.items()},
-        "largest_exact": round(float(abs(exact).max()), 3),
+        "spearman": signed, "of_sizes": sizes, "weighed": weighed, "on": rows,
+        "largest_exact": round(float(abs(values.mean(1)).max()), 3),
     }  # fmt: skip
 
 
-def spearmans(prompts: int, edges: int) -> None:
+def spearmans(tasks: list[str], prompts: int, few: int, edges: int) -> None:
     model, tokenizer = hw.open_model("default")
-    rows = []
-    for task in TASKS:
-        rows.append(rank(model, tokenizer, task, prompts, edges))
+    file = racing.RESULTS / "circuits_spearman.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    for task in tasks:
+        row = rank(model, tokenizer, task, prompts, few, edges)
+        rows = [one for one in rows if "on" in one and one["task"] != task] + [row]
         # What is done is kept, should a later task be stopped.
         racing.save("circuits_spearman", {"rows": rows, "machine": machine.facts(), "torch": torch.__version__})
 
@@ -146,12 +157,14 @@ def versions(envs: Path) -> dict[str, dict[str, str]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=("spearman", "race"))
-    parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--edges", type=int, default=120)
+    parser.add_argument("--prompts", type=int, help="8 for correlations, 3 for the race")
+    parser.add_argument("--few", type=int, default=2, help="prompts on which CD-T runs")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--edges", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--envs")
     given = parser.parse_args()
     if given.job == "spearman":
-        spearmans(given.prompts, given.edges)
+        spearmans(given.tasks, given.prompts or 8, given.few, given.edges)
     else:
-        race(given.prompts, given.rounds, env.folder_of(given.envs))
+        race(given.prompts or 3, given.rounds, env.folder_of(given.envs))

@@ -100,8 +100,20 @@ class CircuitKit:
         return found
 
 
+def as_it_was() -> None:
+    """TransformerLens 3.8 holds keys and values under another name and module than the one that AutoCircuit imports."""
+    import transformer_lens
+    from transformer_lens.cache import key_value_cache
+
+    known = transformer_lens.TransformerLensKeyValueCache
+    for module in (transformer_lens, key_value_cache):
+        module.HookedTransformerKeyValueCache = known
+    sys.modules["transformer_lens.past_key_value_caching"] = key_value_cache
+
+
 class AutoCircuit:
     def __init__(self, folder: str, batch: dict) -> None:
+        as_it_was()
         from auto_circuit.data import PromptDataLoader, PromptDataset
         from auto_circuit.utils.graph_utils import patchable_model
 

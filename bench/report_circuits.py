@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 NAMES = {"headwise": "**headwise**", "circuitkit": "circuitkit", "auto_circuit": "AutoCircuit"}
 JOBS = {"eap": "EAP, one gradient", "eap_ig": "EAP-IG, five gradients"}
-METHODS = {"eap": "EAP", "eap_ig": "EAP-IG", "cd_t": "CD-T"}
+METHODS = {"eap": "EAP", "eap_ig": "EAP-IG", "conductance": "conductance", "cd_t": "CD-T"}
 
 
 def circuits(load: Callable[[str], dict | None]) -> str:
@@ -28,10 +28,14 @@ def ranks(found: dict | None) -> str:
         values = [f"{r[key][n]:.2f}" for key in ("spearman", "of_sizes") for n in names]
         lines.append(f"| {r['task']} | {r['prompts']} | {r['edges']} of {r['of']} | {' | '.join(values)} |")
     seconds = ", ".join(f"{n} {sum(r['seconds'][n] for r in rows):.0f}" for n in rows[0]["seconds"])
+    few = sorted({r["on"]["cd_t"] for r in rows})
+    weighed = [r["weighed"]["cd_t"] for r in rows]
     text = (
-        "Rank correlations with exact path patching over the same edges of the default model: a third drawn at random, "
-        "a third each from the thousand largest of EAP and of EAP-IG, all among the edges that CD-T weighs. *Sizes* "
-        f"leave the sign out. Seconds of all tasks, on a machine that others used as well: {seconds}."
+        "Rank correlations with exact path patching over the same edges of the default model, a fifth of them drawn at "
+        "random and a fifth from the thousand largest of each method. CD-T, which takes a pass a node, runs on the "
+        f"first {few[0]} prompts, weighs {min(weighed)} to {max(weighed)} of the edges, and is held against exact "
+        f"patching of those. *Sizes* leave the sign out. Seconds of all tasks, on a machine that others used as well: "
+        f"{seconds}."
     )
     about = f"{found['when']}; torch {found['torch']}; `python bench/circuits.py spearman`."
     return "\n\n".join(
