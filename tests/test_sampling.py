@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headwise.decode import LocallyTypical, LogitFusion
 from headwise.decode.logit_fusion import divergence
-from headwise.replicate.fused_logits import FusedLogits
+from headwise.replicate.fused_logits import FusedLogits, asked, done
 from headwise.replicate.typical_sampling import TypicalSampling, repeated
 
 
@@ -130,12 +130,29 @@ def test_repetition_counts():
     assert repeated(text).tolist() == pytest.approx([100 * 2 / 6, 0])
 
 
+def test_orders_are_done_and_mostly_ignored():
+    draw = torch.Generator().manual_seed(0)
+    words = torch.tensor([[5, 23, 0, 9, 2, 7]])
+    for task, right in (
+        ("sorted", [0, 2, 5, 7, 9, 23]),
+        ("swapped", [23, 5, 9, 0, 7, 2]),
+        ("next", [6, 0, 1, 10, 3, 8]),
+    ):
+        assert done(task, words).tolist() == [right]
+    ids = asked("swapped", 2000, draw, obeyed=0.15)
+    given, said = ids[:, 1:7], ids[:, 8:]
+    obeyed = (said == done("swapped", given)).all(1)
+    assert bool((obeyed | (said == given).all(1)).all()) and 0.12 < float(obeyed.float().mean()) < 0.18
+
+
 def test_outcomes_follow_the_checks():
-    good = {"large": 0.0, "tuned small": 40.0, "tuned large": 100.0, "fused": 90.0, "fixed": 60.0}
+    good = {"large": 0.0, "tuned small": 80.0, "tuned large": 100.0, "fused": 90.0, "fixed": 60.0}
     rows = {task: {**good, "fused, all experts": 70.0} for task in ("a", "b", "c")}
     assert FusedLogits()._judge(rows, 1e-6, 10).outcome == "holds"
     worse = {task: {**one, "fused": 50.0} for task, one in rows.items()}
     assert FusedLogits()._judge(worse, 1e-6, 10).outcome == "fails"
+    known = {task: {**one, "large": 30.0} for task, one in rows.items()}
+    assert FusedLogits()._judge(known, 1e-6, 10).outcome == "partly"
 
     def points(again):
         return [(torch.linspace(-2, -1, 8) + shift, torch.linspace(1, 2, 8) + again) for shift in (-1.0, 0.0, 1.0)]

@@ -1,9 +1,9 @@
 """On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion. Fan et al., 2024. arXiv:2406.15480
 
-Row s073 of the mission. A large and a small model learn the same table of facts here; the small one keeps few of them.
-Asked for a fact, both answer in one of three forms by chance. A task is one form always, tuned on half of the table and
-judged on the other; the tuned small model's logits steer the large one. The models are tiny where the paper has 7B and
-13B.
+Row s073 of the mission. A large and a small model read made-up text here: an order and six words, mostly followed by
+the same words again, seldom by what the order asks for, so that untuned they are poor at it. Tuned on one order the
+small one does it well; its logits then steer the large one, which is never tuned. The models are tiny where the paper
+has 7B and 13B.
 """
 
 import copy
@@ -20,41 +20,47 @@ from headwise.decode.logit_fusion import divergence
 from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
 
-KEYS, VALUES = 256, 32
-END, FIRST, ASK = KEYS + VALUES, KEYS + VALUES + 1, KEYS + VALUES + 2
-TASKS = ("ended", "announced", "twice")
-VOCAB = ASK + 1
+WORDS, LENGTH = 24, 6
+TASKS = ("sorted", "swapped", "next")
+BEHIND = WORDS + len(TASKS)
+VOCAB = BEHIND + 1
+OBEYED = 0.15
 
 
-def table(seed: int) -> Tensor:
-    """[KEYS] the value of each key."""
-    return torch.randint(KEYS, KEYS + VALUES, (KEYS,), generator=torch.Generator().manual_seed(seed))
+def done(task: str, words: Tensor) -> Tensor:
+    """[n, LENGTH] what an order makes of words: in order, neighbours swapped, or each one's successor."""
+    if task == "sorted":
+        return words.sort(1).values
+    if task == "swapped":
+        return words.view(len(words), -1, 2).flip(2).flatten(1)
+    return (words + 1) % WORDS
 
 
-def asked(task: str, keys: Tensor, facts: Tensor) -> Tensor:
-    """[n, 4] a sign that asks, a key, and the two tokens of the answer."""
-    values, sign = facts[keys], torch.full_like(keys, ASK)
-    one = torch.full_like(keys, FIRST) if task == "announced" else values
-    two = torch.full_like(keys, END) if task == "ended" else values
-    return torch.stack([sign, keys, one, two], 1)
+def asked(task: str, rows: int, draw: torch.Generator, obeyed: float = 1.0) -> Tensor:
+    """[rows, 2 + 2 * LENGTH] the order, words that differ, a sign, and an answer; of `obeyed` of them the right one."""
+    words = torch.rand(rows, WORDS, generator=draw).argsort(1)[:, :LENGTH]
+    obeys = torch.rand(rows, 1, generator=draw) < obeyed
+    order, sign = torch.full((rows, 1), WORDS + TASKS.index(task)), torch.full((rows, 1), BEHIND)
+    return torch.cat([order, words, sign, torch.where(obeys, done(task, words), words)], 1)
 
 
 def fresh(seed: int, width: int, layers: int) -> LlamaForCausalLM:
     """An untrained Llama over this vocabulary."""
     torch.manual_seed(seed)
-    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **size, **ends, initializer_range=0.1))
 
 
 def learn(model: LlamaForCausalLM, rows, steps: int, rate: float, name: str) -> LlamaForCausalLM:
-    """Train in place on `rows()` -> (ids [B, T], labels [B, T])."""
+    """Train in place on the answers of `rows()`, [B, 2 + 2 * LENGTH] ids."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     model.train()
     for step in tqdm(range(steps), desc=f"s073 {name}", disable=hidden(), leave=False):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
-        ids, labels = rows()
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * (1.02 - step / steps)
+        ids = rows()
+        labels = torch.cat([torch.full_like(ids[:, : LENGTH + 2], -100), ids[:, LENGTH + 2 :]], 1)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -65,7 +71,7 @@ def learn(model: LlamaForCausalLM, rows, steps: int, rate: float, name: str) -> 
 
 @dataclass(frozen=True)
 class FusedLogits(Replication):
-    """Answers right in both tokens: large, large tuned, and large steered by a tuned small model."""
+    """Answers right in all words: large, large tuned, small tuned, and large steered by the tuned small one."""
 
     row: ClassVar[str] = "s073"
     claim: ClassVar[str] = (
@@ -74,79 +80,66 @@ class FusedLogits(Replication):
     paper: ClassVar[str] = "closes 96.4 % of the gap to a tuned 13B from a 7B in single tasks, 86.3 % in several"
 
     changed: ClassVar[str] = (
-        "a first setting, tried on another seed, had forms that the large model had never seen before; fusing closed "
-        "57 % of the gap there, a fixed weight of 1 closed 34 %, and the small tuned model alone was better. Now both "
-        "know all forms and are tuned to one, as pretrained models are."
+        "two tasks before this one were given up without a recorded run, both of facts, which a small model cannot "
+        "keep: fusing closed 57 % of the gap in the first, and the small tuned model alone was better. Here it learns "
+        "a skill. The thresholds are those of the first."
     )
 
     least_closed: ClassVar[float] = 70.0
     most_residual: ClassVar[float] = 1e-3
+    most_before: ClassVar[float] = 20.0
+    least_expert: ClassVar[float] = 70.0
 
     def run(self, seed: int = 0) -> Outcome:
-        """Tasks are tuned on one half of the keys and judged on the other."""
-        facts, steps = table(seed), 1200 if self.full else 600
-        draw = torch.Generator().manual_seed(seed)
-        order = torch.randperm(KEYS, generator=draw)
-        seen, held = order[: KEYS // 2], order[KEYS // 2 :]
+        """One large and one small model, tuned on each order in turn, and judged on words not seen."""
+        draw, steps = torch.Generator().manual_seed(seed), 4000 if self.full else 2000
 
-        def told() -> tuple[Tensor, Tensor]:
-            keys = torch.randint(KEYS, (32 * 8,), generator=draw)
-            forms = torch.stack([asked(task, keys, facts) for task in TASKS])
-            ids = forms[torch.randint(len(TASKS), keys.shape, generator=draw), torch.arange(len(keys))]
-            labels = torch.cat([torch.full_like(ids[:, :2], -100), ids[:, 2:]], 1)
-            return ids.view(32, -1), labels.view(32, -1)
+        def mixed() -> Tensor:
+            return torch.cat([asked(task, 32, draw, OBEYED) for task in TASKS])
 
-        large = learn(fresh(seed, 96, 2), told, steps, 3e-3, "large")
-        small = learn(fresh(seed, 12, 1), told, steps, 3e-3, "small")
+        large = learn(fresh(seed, 64, 3), mixed, steps, 2e-3, "large")
+        small = learn(fresh(seed, 32, 2), mixed, steps, 3e-3, "small")
         percent: dict[str, dict[str, float]] = {}
-        residual, experts = 0.0, {}
+        residual, experts, tests = 0.0, {}, {}
         for task in TASKS:
 
-            def form(task: str = task) -> tuple[Tensor, Tensor]:
-                ids = asked(task, seen[torch.randint(len(seen), (64,), generator=draw)], facts)
-                return ids, torch.cat([torch.full_like(ids[:, :2], -100), ids[:, 2:]], 1)
+            def single(task: str = task) -> Tensor:
+                return asked(task, 96, draw)
 
-            experts[task] = learn(copy.deepcopy(small), form, steps // 4, 3e-3, f"small {task}")
-            tuned = learn(copy.deepcopy(large), form, steps // 4, 1e-3, f"large {task}")
-            test = asked(task, held, facts)
+            experts[task] = learn(copy.deepcopy(small), single, steps // 4, 1e-3, f"small {task}")
+            tuned = learn(copy.deepcopy(large), single, steps // 4, 1e-3, f"large {task}")
+            test = tests[task] = asked(task, 1000 if self.full else 400, draw)
             pair = (small, experts[task])
-            fused, off = self._fused(large, pair, test, LogitFusion())
-            residual = max(residual, off)
+            rule = LogitFusion().processor(*pair)
+            residual = max(residual, self._off(large, pair, test))
             percent[task] = {
-                "large": self._right(large, test, None),
-                "tuned small": self._right(experts[task], test, None),
-                "tuned large": self._right(tuned, test, None),
-                "fused": fused,
-                "fixed": self._fused(large, pair, test, LogitFusion(fixed=1.0))[0],
+                "large": self._right(large, test),
+                "tuned small": self._right(experts[task], test),
+                "tuned large": self._right(tuned, test),
+                "fused": self._right(large, test, rule),
+                "fixed": self._right(large, test, LogitFusion(fixed=1.0).processor(*pair)),
             }
-        for task in TASKS:
-            test = asked(task, held, facts)
-            several = (small, *experts.values())
-            percent[task]["fused, all experts"] = self._fused(large, several, test, LogitFusion())[0]
-        return self._judge(percent, residual, len(held))
+        for task, test in tests.items():
+            rule = LogitFusion().processor(small, *experts.values())
+            percent[task]["fused, all experts"] = self._right(large, test, rule)
+        return self._judge(percent, residual, len(test))
 
-    def _right(self, model: LlamaForCausalLM, test: Tensor, rule) -> float:
-        rules = LogitsProcessorList([] if rule is None else [rule])
-        with torch.no_grad():
-            said = model.generate(
-                test[:, :2],
-                attention_mask=torch.ones_like(test[:, :2]),
-                max_new_tokens=2,
-                do_sample=False,
-                logits_processor=rules,
-            )
-        return 100 * float((said[:, 2:] == test[:, 2:]).all(1).float().mean())
+    def _right(self, model: LlamaForCausalLM, test: Tensor, rule=None) -> float:
+        """Percent of answers right in every word."""
+        rules, given = LogitsProcessorList([] if rule is None else [rule]), test[:, : LENGTH + 2]
+        options = {"attention_mask": torch.ones_like(given), "max_new_tokens": LENGTH, "do_sample": False}
+        said = model.generate(given, logits_processor=rules, **options)
+        return 100 * float((said == test).all(1).float().mean())
 
-    def _fused(self, large: LlamaForCausalLM, experts: tuple, test: Tensor, method: LogitFusion) -> tuple[float, float]:
-        """Percent right, and the largest miss of the constraint where the weight was not at its bound."""
-        rule = method.processor(*experts)
-        right = self._right(large, test, rule)
+    def _off(self, large: LlamaForCausalLM, experts: tuple, test: Tensor) -> float:
+        """The largest miss of the constraint, at all words of the answers, where the weight was not at its bound."""
+        method = LogitFusion()
         with torch.no_grad():
-            said = [model(input_ids=test[:, :2]).logits[:, -1] for model in (large, *experts)]
-        fused, weight = method.fuse(said[0].double(), [one.double() for one in said[2:]], said[1].double())
+            said = [m(input_ids=test).logits[:, LENGTH + 1 : -1].flatten(0, 1).double() for m in (large, *experts)]
+        fused, weight = method.fuse(said[0], said[2:], said[1])
         off = (divergence(fused, said[0]) - divergence(said[2], said[1])).abs()
         inside = weight < method.most - 1e-6
-        return right, float(off[inside].max()) if bool(inside.any()) else 0.0
+        return float(off[inside].max()) if bool(inside.any()) else 0.0
 
     def _judge(self, percent: dict, residual: float, n: int) -> Outcome:
         def closed(name: str) -> float:
@@ -157,22 +150,26 @@ class FusedLogits(Replication):
         checks = {
             f"fusing closes at least {self.least_closed:.0f} % of the gap to the tuned large model": alone
             >= self.least_closed,
+            f"untuned the large model is at most {self.most_before:.0f} % right, tuned the small one at least "
+            f"{self.least_expert:.0f} %": all(
+                one["large"] <= self.most_before and one["tuned small"] >= self.least_expert for one in percent.values()
+            ),
             "it closes more than a fixed weight of 1": alone > fixed,
             f"solved weights meet the constraint to {self.most_residual}": residual < self.most_residual,
             "on every task it is better than the tuned small model": all(
                 one["fused"] > one["tuned small"] for one in percent.values()
             ),
         }
-        words = "; ".join(f"{task} {one['fused']:.0f} %" for task, one in percent.items())
+        words = "; ".join(f"{task} {one['fused']:.1f} %" for task, one in percent.items())
         measured = (
-            f"{alone:.0f} % of the gap closed ({words}), {several:.0f} % with the experts of all three tasks at once; "
-            f"{n} keys not seen in tuning"
+            f"{alone:.1f} % of the gap closed ({words}), {several:.1f} % with the experts of all three tasks at once; "
+            f"{n} questions each"
         )
         rest = "; ".join(
-            f"{task} large {one['large']:.0f} %, tuned {one['tuned large']:.0f} %, "
-            f"small tuned {one['tuned small']:.0f} %"
+            f"{task} large {one['large']:.1f} %, tuned {one['tuned large']:.1f} %, "
+            f"small tuned {one['tuned small']:.1f} %"
             for task, one in percent.items()
         )
-        baseline = f"a fixed weight of 1 closes {fixed:.0f} %; {rest}"
+        baseline = f"a fixed weight of 1 closes {fixed:.1f} %; {rest}"
         numbers = {"percent": percent, "closed": {"fused": alone, "fixed": fixed, "several": several}, "off": residual}
         return settle(measured, baseline, checks, numbers)

@@ -1,8 +1,8 @@
 """PALBERT: Teaching ALBERT to Ponder. Balagansky and Gavrilov, 2022. arXiv:2204.03276
 
-Row s155 of the mission. A small BERT is trained here on questions of three difficulties, where the paper has ALBERT and
-GLUE: a sign that gives the answer away, a token asked for that stands in the text or does not, and two of them whose
-answers must be compared.
+Row s155 of the mission. A small BERT learns here to follow arrows, where the paper has ALBERT and GLUE: each of eight
+nodes points to one, and the question is where one, two or three steps from a node lead. A step needs what the one
+before it found, so that more steps need more layers.
 """
 
 from dataclasses import dataclass
@@ -20,31 +20,26 @@ from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
 from headwise.stats import spearman
 
-WORDS, LENGTH, LAYERS, WIDTH = 24, 10, 6, 48
-CLS, NONE, YES, NO = WORDS, WORDS + 1, WORDS + 2, WORDS + 3
+NODES, STEPS, LAYERS, WIDTH = 8, 3, 6, 64
+START = NODES * NODES
+COUNT = START + NODES
+VOCAB = COUNT + STEPS
 
 
 def questions(rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [rows, 4 + LENGTH], labels [rows] and difficulties 0 to 2 [rows].
+    """Ids [rows, 2 + NODES], where the steps lead [rows], and how many more than one they are [rows].
 
-    A row is CLS, a sign or none, two words asked for (one or none), and a text.
+    A row is the node to start from, the number of steps, and an arrow for each node in random order; an arrow from a to
+    b is one token, a * NODES + b.
     """
-    hard = torch.randint(3, (rows,), generator=draw)
-    label = torch.randint(2, (rows,), generator=draw)
-    text = torch.rand(rows, WORDS, generator=draw).argsort(1)[:, : LENGTH + 2]
-    text, absent = text[:, :LENGTH], text[:, LENGTH:]
-    place = torch.rand(rows, LENGTH, generator=draw).argsort(1)[:, :2]
-    there = text.gather(1, place)
-    # Of two words, the answer is whether both or neither stand in the text.
-    first = torch.randint(2, (rows,), generator=draw)
-    second = torch.where(label == 1, first, 1 - first)
-    one = torch.where(torch.where(hard == 1, label, first) == 1, there[:, 0], absent[:, 0])
-    two = torch.where(second == 1, there[:, 1], absent[:, 1])
-    none = torch.full_like(one, NONE)
-    sign = torch.where(hard == 0, torch.where(label == 1, YES, NO), none)
-    asked = torch.stack([torch.where(hard > 0, one, none), torch.where(hard > 1, two, none)], 1)
-    ids = torch.cat([torch.full((rows, 1), CLS), sign[:, None], asked, text], 1)
-    return ids, label, hard
+    goal = torch.randint(NODES, (rows, NODES), generator=draw)
+    start, more = (torch.randint(size, (rows, 1), generator=draw) for size in (NODES, STEPS))
+    reached = start
+    for step in range(STEPS):
+        reached = torch.where(step <= more, goal.gather(1, reached), reached)
+    order = torch.rand(rows, NODES, generator=draw).argsort(1)
+    arrows = (torch.arange(NODES) * NODES + goal).gather(1, order)
+    return torch.cat([start + START, more + COUNT, arrows], 1), reached[:, 0], more[:, 0]
 
 
 @dataclass(frozen=True)
@@ -55,26 +50,33 @@ class PonderExit(Replication):
     claim: ClassVar[str] = "A fixed exit at the middle of the learned chances beats drawing the exit from them."
     paper: ClassVar[str] = "significantly better than PonderNet, and than PABEE on many GLUE tasks"
 
+    changed: ClassVar[str] = (
+        "the first run had another task, of which the encoder learned a third, at every layer alike, so that it told "
+        "nothing; a task that needs depth came in its place, and a condition that its learning must meet. The other "
+        "thresholds are those of the first."
+    )
+
     least_gain: ClassVar[float] = 1.0
     most_layers: ClassVar[float] = 0.7
     most_lost: ClassVar[float] = 0.5
     least_rank: ClassVar[float] = 0.5
+    least_depth: ClassVar[float] = 20.0
 
     def run(self, seed: int = 0) -> Outcome:
         """Train one encoder with its chances, and read it out in three ways on held-out questions."""
         torch.manual_seed(seed)
-        draw, method = torch.Generator().manual_seed(seed), PALBERT(weight=0.1)
+        draw, method = torch.Generator().manual_seed(seed), PALBERT()
         size = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
-        config = BertConfig(vocab_size=WORDS + 4, num_attention_heads=4, **size, hidden_dropout_prob=0.0)
+        config = BertConfig(vocab_size=VOCAB, num_attention_heads=4, **size, hidden_dropout_prob=0.0)
         config.attention_probs_dropout_prob = 0.0
-        model, heads = BertModel(config, add_pooling_layer=False), PonderHeads(WIDTH, 2)
-        steps = 4000 if self.full else 2000
+        model, heads = BertModel(config, add_pooling_layer=False), PonderHeads(WIDTH, NODES)
+        steps = 6000 if self.full else 2500
         weights = [*model.parameters(), *heads.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.0)
         for step in tqdm(range(steps), desc="s155 training", disable=hidden(), leave=False):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1.02 - step / steps)
-            ids, labels, _ = questions(64, draw)
+            ids, labels, _ = questions(96, draw)
             chances, logits = heads(model(input_ids=ids, output_hidden_states=True).hidden_states)
             loss = method.loss(chances, logits, labels)
             optimizer.zero_grad()
@@ -112,13 +114,16 @@ class PonderExit(Replication):
             f"it runs at most {self.most_layers:.0%} of the layers": share <= self.most_layers,
             f"and is at most {self.most_lost} points below the last layer": found["last"] - found["q-exit"]
             <= self.most_lost,
-            f"exits rank questions by difficulty (Spearman above {self.least_rank})": found["rank"] > self.least_rank,
+            f"exits rank questions by their steps (Spearman above {self.least_rank})": found["rank"] > self.least_rank,
+            f"the last layer is right at least {self.least_depth:.0f} points more often than the first": by_layer[-1]
+            - by_layer[0]
+            >= self.least_depth,
             "an encoder that really stops gives the same answers": agree,
         }
         levels = ", ".join(f"{value:.1f}" for value in by_difficulty)
         measured = (
             f"Q-exit {found['q-exit']:.1f} % right after {found['layers']:.1f} of {LAYERS} layers ({levels} by "
-            f"difficulty, rank {found['rank']:.2f}); {n} questions"
+            f"steps, rank {found['rank']:.2f}); {n} questions"
         )
         baseline = (
             f"drawn exits {found['drawn']:.1f} % (spread over draws {found['spread']:.2f}, where Q-exit has none), the "
