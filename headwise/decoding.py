@@ -89,7 +89,7 @@ class Speed:
 
 
 def named_draft(text: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> DraftMethod:
-    """A drafting method from words: "copyspec:gamma=5", "either:first=(copyspec),second=(head_copying)".
+    """A method from words: "copyspec:gamma=5", "hydra:path=FOLDER", "either:first=(copyspec),second=(head_copying)".
 
     Where head copying has no heads, those of this model with the highest induction score are taken.
 
@@ -100,6 +100,7 @@ def named_draft(text: str, model: "PreTrainedModel", tokenizer: "PreTrainedToken
     kind = load(name if "." in name else f"decode.{name}")
     if not issubclass(kind, DraftMethod):
         raise ValueError(f"{name} does not draft; `headwise ls decode` shows the room, copyspec is one that does.")
+    words = {one.name for one in fields(kind) if isinstance(one.default, str)}
     known, given = [one.name for one in fields(kind)], {}
     for part in _parts(rest):
         key, equals, value = (one.strip() for one in part.partition("="))
@@ -107,7 +108,11 @@ def named_draft(text: str, model: "PreTrainedModel", tokenizer: "PreTrainedToken
             raise ValueError(
                 f"{text!r}: {part!r} is no field; allowed are {', '.join(known) or 'none'}, as name=value."
             )
-        given[key] = named_draft(value[1:-1], model, tokenizer) if value.startswith("(") else _value(text, key, value)
+        if key in words:
+            given[key] = value
+        else:
+            inner = value.startswith("(")
+            given[key] = named_draft(value[1:-1], model, tokenizer) if inner else _value(text, key, value)
     missing = [one.name for one in fields(kind) if one.default is MISSING and one.name not in given]
     if missing:
         raise ValueError(f"{name} needs {missing[0]}, such as {name}:{missing[0]}=(copyspec).")

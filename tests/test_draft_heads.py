@@ -282,6 +282,14 @@ def test_heads_are_trained_and_used_from_the_command_line(folder, tmp_path):
     assert again == facts, "a finished run is not made again"
     shown = CliRunner().invoke(app, asked[:-1])
     assert shown.exit_code == 0 and "tokens ahead" in shown.stdout
+    # What it says last can be typed.
+    use = next(line for line in shown.stdout.splitlines() if line.startswith("Use them: headwise "))
+    used = CliRunner().invoke(
+        app,
+        ["generate", str(folder), "--draft", f"clover:path={out}", "--prompt", "the value", "--tokens", "4", "--json"],
+    )
+    assert "--draft clover:path=" in use and used.exit_code == 0, used.output
+    assert json.loads(used.stdout)["drafted"] > 0
     model, _ = open_model(folder)
     ids = torch.tensor([[0, 2, 3, 4]])
     done = Clover(path=out).generate(model, ids, max_new_tokens=8, do_sample=False)
