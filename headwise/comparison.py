@@ -24,6 +24,7 @@ from headwise.stats import interval
 from headwise.tape import Tape
 from headwise.tiny import TinyConfig
 from headwise.training import Change, Run, Training, Watch, train
+from headwise.writing import write_aside
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,8 @@ def compare(
     whole = {name: _whole(name, one, model, lesson, training) for name, one in conditions.items()}
     places = {name: place_of(name) for name in whole}
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps({"conditions": places, "seeds": list(seeds)}, indent=2)
-        (Path(folder) / "comparison.json").write_text(text + "\n", encoding="utf-8")
+        write_aside(Path(folder) / "comparison.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     jobs = [
         (name, seed, one, None if folder is None else Path(folder) / place_of(name, seed), watch)
         for name, one in whole.items()
