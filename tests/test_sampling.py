@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.decode import LocallyTypical, LogitFusion
-from headwise.decode.logit_fusion import divergence
+from headwise.decode.logit_fusion import Fusing, divergence
 from headwise.replicate.fused_logits import FusedLogits, asked, done
 from headwise.replicate.typical_sampling import TypicalSampling, repeated
 
@@ -80,6 +80,14 @@ def test_an_expert_that_changed_nothing_changes_nothing():
     torch.testing.assert_close(both, LogitFusion().fuse(large, [tuned], small)[0])
 
 
+class Forgets(Fusing):
+    """Reads every text anew, whatever it has read."""
+
+    def __call__(self, input_ids, scores):
+        self.read = None
+        return super().__call__(input_ids, scores)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_caches_of_the_small_models_agree_with_reading_anew(models, beams):
     large, small, tuned, _ = models
@@ -87,6 +95,9 @@ def test_caches_of_the_small_models_agree_with_reading_anew(models, beams):
     rule = LogitFusion().processor(small, tuned, attention_mask=inputs["attention_mask"])
     said = large.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[rule], num_beams=beams)
     if beams > 1:
+        fresh = Forgets(LogitFusion(), small, [tuned], inputs["attention_mask"])
+        anew = large.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[fresh], num_beams=beams)
+        assert torch.equal(said, anew)
         return
     for row in range(3):
         pads = int((inputs["attention_mask"][row] == 0).sum())
