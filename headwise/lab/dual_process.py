@@ -34,7 +34,7 @@ class DualProcess(Experiment):
 
     words: int = 1000
     zipf: float = 0.0
-    forget: int = 25
+    forget: int = 10
     until: int = 1500
 
     def conditions(self) -> dict[str, Condition]:
@@ -42,7 +42,7 @@ class DualProcess(Experiment):
         lesson = PartsOfSpeech(words=10_000 if self.full else self.words, zipf=self.zipf)
         config = TinyConfig(**lesson.config(layers=6 if self.full else 2))
         training = Training(
-            steps=62_500 if self.full else 2500,
+            steps=62_500 if self.full else 2000,
             batch=128 if self.full else 64,
             lr=1e-4 if self.full else 1e-3,
             measure_every=500 if self.full else 100,

@@ -62,7 +62,7 @@ class InformationPlane(Method):
 
     hidden: tuple[int, ...] = (10, 7, 5, 4, 3)
     act: str = "tanh"
-    epochs: int = 3000
+    epochs: int = 2000
     batch: int = 512
     lr: float = 2e-3
     share: float = 0.85

@@ -50,7 +50,7 @@ class InformationPlaneReplication(Replication):
 
     def run(self, seed: int = 0) -> Outcome:
         """Both activations; ten times the epochs when `full`."""
-        lab = InformationPlane(epochs=30_000 if self.full else 3000)
+        lab = InformationPlane(epochs=20_000 if self.full else 2000)
         seeds = tuple(seed + one for one in self.seeds)
         planes = {act: replace(lab, act=act).train(seeds) for act in ("tanh", "relu")}
         bound = bottleneck(lab.lesson.every()[1].numpy(), BETAS)

@@ -1,7 +1,9 @@
 """On the Foundations of Shortcut Learning. Hermann et al., 2023. arXiv:2310.16228
 
 Row s039 of the mission. As in `headwise.lab.ShortcutFeatures`, with the regression that the theory has in mind. A bias
-is how much more than Bayes a model leans on the shortcut, over an even plane of both hidden numbers.
+is how much more than Bayes a model leans on the shortcut, over an even plane of both hidden numbers. Networks are
+trained by gradient descent, which the theory is about; in a first trial with Adam linear models were biased too, by
+0.03 at a ratio of 32, and a ReLU layer by 0.04.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class ShortcutFeaturesReplication(Replication):
 
     def run(self, seed: int = 0) -> Outcome:
         """Five seeds of each network and ratio, three of the transformers; longer when `full`."""
-        lab = ShortcutFeatures(full=self.full, steps=10_000 if self.full else 1000)
+        lab = ShortcutFeatures(full=self.full, steps=15_000 if self.full else 1500)
         seeds = tuple(seed + one for one in self.seeds)
         nets = {name: lab.networks(*kind, seeds).double().numpy() for name, kind in NETWORKS.items()}
         nets["1 ReLU layer, core nested twice"] = lab.networks(1, "relu", seeds, nested=2).double().numpy()
