@@ -1,5 +1,6 @@
 """The commands of the lab: ls, run, compare."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,18 +50,25 @@ def run_experiment(
 ) -> None:
     """Train all conditions with paired seeds. The same command goes on where it was stopped."""
     with sentences():
+        from headwise.view import live
+
         one = _found(name, full)
         first = one.seeds[0]
         chosen = one.seeds if seeds is None else tuple(range(first, first + seeds))
         folder = out or Path("lab") / name.split(".")[-1]
+        page = live.write(folder, one.identity()["name"], one.chosen(only), chosen)
         tell(f"Training {', '.join(only or one.conditions())} with the seeds {', '.join(map(str, chosen))} ...")
-        found = one.run(chosen, folder, only, processes)
-        rows = one.summary(found)
+        tell(f"Watch it: {page}")
+        found = one.run(chosen, folder, only, processes, live.Live())
+        rows, grown = one.summary(found), one.grown(found)
         if as_json:
-            print_json({"experiment": name, "folder": str(folder), "goal": list(one.goal), "conditions": rows})
+            made = {"experiment": name, "folder": str(folder), "page": str(page), "goal": list(one.goal)}
+            print_json(made | {"conditions": rows, "grown": [asdict(each) for each in grown]})
             return
         _print(rows, one.goal)
-        say(f"Runs: {folder}")
+        for each in grown:
+            say(f"{each.condition}, seed {each.seed}: {each.says}")
+        say(f"Runs: {folder}. Their curves: {page}")
 
 
 @lab_app.command("compare")
@@ -74,8 +82,6 @@ def compare_runs(
 ) -> None:
     """How soon each condition was done, against the first, seed by seed."""
     with sentences():
-        from dataclasses import asdict
-
         from headwise.comparison import Comparison
 
         found = Comparison.load(folder)

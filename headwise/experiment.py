@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headwise.comparison import Comparison, Condition, compare
+from headwise.growth import Grown, grown_heads
 from headwise.method import Method
+from headwise.training import Watch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Experiment(Method):
         folder: "Path | str | None" = None,
         only: "Sequence[str] | None" = None,
         processes: int = 1,
+        watch: "Watch | None" = None,
     ) -> Comparison:
         """Train its conditions, or some of them.
 
@@ -44,16 +47,26 @@ class Experiment(Method):
             folder: where runs are kept; what is there already goes on.
             only: names of conditions, in the order of comparison.
             processes: runs at a time.
+            watch: shown every run after each of its measurements. See `train`.
 
         Raises:
             ValueError: a condition that there is not.
         """
+        return compare(
+            self.chosen(only), seeds=tuple(seeds or self.seeds), folder=folder, processes=processes, watch=watch
+        )
+
+    def chosen(self, only: "Sequence[str] | None" = None) -> dict[str, Condition]:
+        """Its conditions, or those named. Raises ValueError for one that there is not."""
         every = self.conditions()
         for name in only or ():
             if name not in every:
                 raise ValueError(f"{type(self).__name__} has no condition {name!r}; it has {', '.join(every)}.")
-        chosen = {name: every[name] for name in only or every}
-        return compare(chosen, seeds=tuple(seeds or self.seeds), folder=folder, processes=processes)
+        return {name: every[name] for name in only or every}
+
+    def grown(self, found: Comparison) -> list[Grown]:
+        """Induction heads that grew, of runs that have a folder; their atlases keep the claims. See `grown_claims`."""
+        return grown_heads(found.runs)
 
     def summary(self, found: Comparison) -> list[dict[str, Any]]:
         """One row a condition: when it was done, how much sooner than the first, and the last loss and accuracy."""

@@ -56,11 +56,11 @@ def built(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def page(data: dict[str, Any]) -> str:
-    """The whole report as text, from what `gather` hands back."""
+def page(data: dict[str, Any], policy: str = POLICY) -> str:
+    """The whole page as text, from what `gather` hands back. `policy`: what it may load."""
     title = f"{data['about'].get('model', 'model')} - headwise".rsplit("/", 1)[-1]
     parts = {
-        "policy": POLICY,
+        "policy": policy,
         "title": escape(title),
         "style": built("headwise.css"),
         "summary": escape(data["summary"]),

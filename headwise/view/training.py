@@ -30,6 +30,11 @@ def _of_run(folder: Path) -> dict[str, Any] | None:
         tape = Tape.load(folder / "tape.parquet")
     except ValueError:
         return None
+    return of_tape(tape, folder)
+
+
+def of_tape(tape: Tape, folder: Path) -> dict[str, Any] | None:
+    """What a tape holds, and what run.json in that folder says was held; None before anything was measured."""
     try:
         asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -196,6 +196,8 @@ export interface Data {
   tradeoffs: Tradeoffs | null;
   circuits: Circuits | null;
   training: Training | null;
+  /** Of the page of an experiment that is being trained: its runs, and the folders in which they write. */
+  live?: { runs: { name: string; place: string }[] };
 }
 
 /** anywidget's front-end model: the only thing a view is given beside its element. */

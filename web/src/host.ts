@@ -2,7 +2,7 @@
 // "#L5.H1" is a link to a head; "#L5.H1&colour=induction&view=table" is one with the rest of the state.
 import type { Model } from "./data";
 
-const PLAIN: Record<string, unknown> = { colour: "roles", side: "query", token: -1, view: "grid", role: "", dot: "", quality: "kept", graph: "", edges: 0, node: "", curve: "" };
+const PLAIN: Record<string, unknown> = { colour: "roles", side: "query", token: -1, view: "grid", role: "", dot: "", quality: "kept", graph: "", edges: 0, node: "", curve: "", run: "" };
 
 export function readHash(hash: string): Record<string, unknown> {
   const [unit, ...rest] = hash.replace(/^#/, "").split("&");
@@ -35,20 +35,25 @@ export function writeHash(state: Record<string, unknown>, firstPrompt: string): 
   return "#" + [encodeURIComponent(String(state.unit ?? "")), ...parts].join("&");
 }
 
-export function pageModel(data: any): Model {
+/** The model of the page; `put` is how the page itself brings something new. */
+export function pageModel(data: any): Model & { put: (key: string, value: unknown) => void } {
   const state: Record<string, unknown> = { ...PLAIN, colour: undefined, ...readHash(location.hash), data };
   const heard = new Map<string, Set<() => void>>();
   const firstPrompt = data.patterns[0]?.id ?? "";
+  const put = (key: string, value: unknown) => {
+    state[key] = value;
+    heard.get(`change:${key}`)?.forEach((callback) => callback());
+  };
   addEventListener("hashchange", () => {
     const read = readHash(location.hash);
     for (const [key, value] of Object.entries(read)) {
       if (state[key] === value) continue;
-      state[key] = value;
-      heard.get(`change:${key}`)?.forEach((callback) => callback());
+      put(key, value);
     }
     history.replaceState(null, "", writeHash(state, firstPrompt));
   });
   return {
+    put,
     get: (key) => state[key],
     set: (key, value) => { state[key] = value; },
     save_changes: () => history.replaceState(null, "", writeHash(state, firstPrompt)),

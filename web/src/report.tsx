@@ -3,6 +3,7 @@ import { Card } from "./card";
 import { CircuitPanel } from "./circuit";
 import { HeadMap } from "./grid";
 import { pageModel } from "./host";
+import { live } from "./live";
 import { mountable } from "./mount";
 import { PatternPanel } from "./pattern";
 import { Roles } from "./roles";
@@ -70,4 +71,5 @@ function Top({ state }: { state: State }) {
 const data = JSON.parse(document.getElementById("headwise-data")!.textContent!);
 const el = document.getElementById("headwise-report")!;
 el.replaceChildren();
-mountable(Report).render({ model: pageModel(data), el });
+if (data.live) live(data, el);
+else mountable(Report).render({ model: pageModel(data), el });

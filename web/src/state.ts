@@ -1,7 +1,7 @@
 // The state of one view: a signal for each thing the reader can choose, kept equal to the host's model.
 import { effect, signal, type Signal } from "@preact/signals";
 import { ROLES } from "./colour";
-import type { Data, Head, Model, Prompt, Score } from "./data";
+import type { Data, Head, Model, Prompt, Score, Training } from "./data";
 import { QUALITIES } from "./plans";
 
 export interface State {
@@ -19,6 +19,7 @@ export interface State {
   edges: Signal<number>;
   node: Signal<string>;
   curve: Signal<string>;
+  training: Signal<Training | null>;
   hover: Signal<string>;
   over: Signal<string>;
   source: Signal<string>;
@@ -79,7 +80,12 @@ export function createState(model: Model): State {
       if (model.get(key) !== value) { model.set(key, value); model.save_changes(); }
     }));
   }
-  return { data, place, hover: signal(""), over: signal(""), source: signal(""), stop: () => stops.forEach((stop) => stop()), ...signals } as unknown as State;
+  // Training goes on: what is measured meanwhile comes as new data of the same heads.
+  const training = signal(data.training);
+  const renew = () => { training.value = (model.get("data") as Data).training; };
+  model.on("change:data", renew);
+  stops.push(() => model.off("change:data", renew));
+  return { data, place, training, hover: signal(""), over: signal(""), source: signal(""), stop: () => stops.forEach((stop) => stop()), ...signals } as unknown as State;
 }
 
 export const headOf = (state: State, unit: string): Head | undefined => state.data.heads[state.place.get(unit) ?? -1];

@@ -8,7 +8,7 @@ import type { State } from "./state";
 import { number, title } from "./words";
 
 export function TrainingPanel({ state, empty }: { state: State; empty?: string }) {
-  const held = state.data.training;
+  const held = state.training.value;
   if (!held) return empty ? <section class="hw-panel hw-training" aria-label="Training"><div class="hw-bar"><h2>Training</h2></div><p class="hw-quiet">{empty}</p></section> : null;
   return <Panel state={state} held={held} />;
 }
