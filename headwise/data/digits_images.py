@@ -4,9 +4,11 @@ Row s112 of the mission.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from headwise.data.layout import check_count
@@ -33,17 +35,31 @@ class DigitImages(Task):
             raise ValueError(f"There is no part {self.part!r}; allowed are {', '.join(PARTS)}.")
         low, high = PARTS[self.part]
         check_count(n, high - low, f"images of the {self.part} part")
-        from sklearn.datasets import load_digits
-
-        data = load_digits()
-        split = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[low:high]
-        rows = split[torch.randperm(high - low, generator=torch.Generator().manual_seed(seed))[:n]]
-        images = torch.tensor(data.images, dtype=torch.float32)[rows].unsqueeze(1) / 8 - 1
-        labels = torch.tensor(data.target, dtype=torch.long)[rows].unsqueeze(1)
+        pixels, digits, numbers = part_of_digits(self.part)
+        chosen = torch.randperm(high - low, generator=torch.Generator().manual_seed(seed))[:n]
+        labels, rows = digits[chosen].unsqueeze(1), numbers[chosen]
         return Batch(
-            inputs={"pixel_values": images},
+            inputs={"pixel_values": pixels[chosen].unsqueeze(1)},
             at=torch.zeros_like(labels),
             answer=labels,
             texts=[f"image {row}" for row in rows.tolist()],
             about=self.about(n, seed),
         )
+
+
+@cache
+def part_of_digits(part: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [n, 8, 8] from -1 to 1 of a part, the digits on them [n], and their numbers in scikit-learn's order [n].
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        sentence = "The images of digits come with scikit-learn, which is not installed: pip install scikit-learn"
+        raise ModuleNotFoundError(sentence, name="sklearn") from None
+    data = load_digits()
+    split = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[slice(*PARTS[part])]
+    images = torch.tensor(data.images, dtype=torch.float32)[split] / 8 - 1
+    return images, torch.tensor(data.target, dtype=torch.long)[split], split
