@@ -45,6 +45,11 @@ ROWS = {
     "length_generalization": "s048",
     "noisy_traces": "s049",
     "phase_transition": "s068",
+    "dual_process": "s138",
+    "information_plane": "s159",
+    "shortcut_features": "s039",
+    "patch_size": "s097",
+    "self_pretraining": "s027",
 }
 DOCS = Path(__file__).parents[1] / "docs"
 
