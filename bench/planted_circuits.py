@@ -6,6 +6,7 @@ Run: python bench/planted_circuits.py [--models 8]
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from headwise.circuits import CDT, Eap, EapIg, EapIgActivations, PathPatching
+from headwise.circuits import CDT, Conductance, Eap, EapIg, EapIgActivations, PathPatching
 from headwise.data import Planted
+from headwise.graph import written_at
 from headwise.replicate.cd_t import planted_chains
 from headwise.score import release
 
@@ -26,7 +28,9 @@ METHODS = {
     "EAP-IG, 20 steps": EapIg(steps=20),
     "EAP-IG (activations), 10 steps": EapIgActivations(steps=10),
     "EAP": Eap(),
+    "conductance, 5 steps and more": Conductance(),
 }
+CHAIN = ("token > duplicate-token head", "> inhibition's key", "> name mover's query", "> logits")
 
 
 def one_model(seed: int, prompts: int) -> list[dict]:
@@ -44,7 +48,8 @@ def one_model(seed: int, prompts: int) -> list[dict]:
             rows.append(
                 {
                     "seed": seed, "task": type(task).__name__, "method": name, "planted": len(must), "above": len(above),
-                    "above_true": len(above & must), "top_true": len(top & must), "missed": sorted(map(list, must - above)),
+                    "above_true": len(above & must), "top_true": len(top & must), "missed": sorted(map(list, must - above)), "extra": sorted(map(list, above - must)),
+                    "weights": [round(graph[edge], 3) for edge in sorted(must, key=lambda edge: written_at(edge[0]))],
                 }
             )  # fmt: skip
     return rows
@@ -76,6 +81,28 @@ def page(rows: list[dict]) -> str:
         "",
         "One gradient of a saturated model is rounding, so EAP finds little there; the mean of several gradients sees what lies between the two prompts.",
         "CD-T also names what differs in the value that an inhibition head would read: a change of its own, but without the key it changes nothing, which only patching tells.",
+        "",
+        "## Why EAP-IG finds so little of the circuit for indirect objects",
+        "",
+        "Weights of the four planted edges as shares of what exact path patching gives, median over the models (and the largest):",
+        "",
+        "| method | " + " | ".join(CHAIN) + " |",
+        "| --- " * (1 + len(CHAIN)) + "|",
+    ]
+    exact = {row["seed"]: row["weights"] for row in rows if row["task"] == "IOI" and row["method"] == "path patching"}
+    for method in METHODS:
+        shares = [
+            [mine / true for mine, true in zip(row["weights"], exact[row["seed"]], strict=True)]
+            for row in rows
+            if row["task"] == "IOI" and row["method"] == method
+        ]
+        cells = [f"{statistics.median(column):.2f} ({max(column):.2f})" for column in zip(*shares, strict=True)]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Planted heads choose sharply, and each turns while the one before it does, so that the answer changes (from 10 to 90 %) within 0.0003 of the way between the two prompts; this was looked at in four of the models.",
+        "EAP-IG multiplies the mean slope there by all that a source changes between the prompts. Before the turn that is too little, for points of equal distance miss it; at the name mover it is far too much, for the slope holds only until the mover has turned, and the inhibition head goes on changing. More steps do not mend it: they bring the mean slope nearer to its value, and the product stays wrong. One edge that is weighed forty times too much then hides the others, where *found* asks for a tenth of the largest.",
+        "Conductance multiplies each slope by what the source changes in the same step, and halves the steps in which the metric turns; its edges add up to the whole difference across any cut, but for the size of the steps. What it finds beside the planted edges is the mover's value: on the corrupt prompt the mover still looks at the second mention, whose name is another.",
     ]
     return "\n".join(lines) + "\n"
 
