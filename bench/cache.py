@@ -143,8 +143,8 @@ def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
         coded = {unit: Quantised(8, method) for unit, method in plan.treatments().items()}
         caches["plan, 8 bits"] = lambda: KVCache(model, coded, length)
         caches["full, 8 bits"] = lambda: KVCache(model, dict.fromkeys(units, Quantised(8)), length)
-    caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)))
-    caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)))
+    caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)), length)
+    caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)), length)
     batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
     found = quality.compare(model, tokenizer, caches, length, 7, given=batches)
     rows = [
@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("time", "memory", "one", "same", "plan", "quality"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=0, help="tokens; 8192 for memory, else 1024")
     parser.add_argument("--prefills", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--contestant", default="")
@@ -236,15 +236,15 @@ def main() -> None:
     if given.job == "time":
         timing(given.lengths, given.prefills)
     elif given.job == "memory":
-        memory(given.length)
+        memory(given.length or 8192)
     elif given.job == "one":
-        one(given.contestant, given.length)
+        one(given.contestant, given.length or 8192)
     elif given.job == "same":
         same(given.prompts)
     elif given.job == "plan":
-        planning(given.bytes, given.length, given.plan)
+        planning(given.bytes, given.length or 1024, given.plan)
     else:
-        answers(given.plan, given.length, given.thorough, given.kvpress)
+        answers(given.plan, given.length or 1024, given.thorough, given.kvpress)
 
 
 if __name__ == "__main__":

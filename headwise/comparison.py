@@ -124,7 +124,7 @@ class Comparison:
 
     @classmethod
     def load(cls, folder: "Path | str") -> "Comparison":
-        """The runs that `compare` kept in a folder. Raises ValueError where there are none."""
+        """The finished runs that `compare` kept in a folder. Raises ValueError where there are none."""
         found: dict[str, dict[int, Tape]] = {}
         index = Path(folder) / "comparison.json"
         try:
@@ -133,6 +133,8 @@ class Comparison:
             raise ValueError(f"{folder} holds no comparison; `headwise lab run NAME --out FOLDER` makes one.") from None
         for name, place in kept["conditions"].items():
             for file in sorted((Path(folder) / place).glob("seed=*/tape.parquet")):
+                if Tape.notes(file).get("done") == str(False):
+                    continue
                 found.setdefault(name, {})[int(file.parent.name.removeprefix("seed="))] = Tape.load(file)
         if not found:
             raise ValueError(f"{folder} holds no finished run yet.")

@@ -99,3 +99,8 @@ class Tape:
         except (pl.exceptions.PolarsError, OSError) as problem:
             raise ValueError(f"{path} is not a tape of a training run: {problem}") from problem
         return cls(rows=list(table.iter_rows()))
+
+    @staticmethod
+    def notes(path: Path) -> dict[str, str]:
+        """What was noted of the run beside its rows: seed, lesson, and whether it is done."""
+        return pl.read_parquet_metadata(path)

@@ -169,26 +169,19 @@ class _Loop:
 
     def run(self) -> Run:
         self._start()
-        first, tape = self.state.step, self.state.tape
         with tqdm(
             total=self.training.steps,
-            initial=first,
+            initial=self.state.step,
             desc=f"{type(self.lesson).__name__} seed {self.seed}",
             disable=hidden(),
             leave=False,
         ) as bar:
-            for step in range(first, self.training.steps):
-                if self.folder and step > first and step % self.training.checkpoint_every == 0:
-                    self._keep()
-                if step % self.training.measure_every == 0:
-                    self._measure()
-                    bar.set_postfix(loss=f"{tape.last('loss'):.3f}")
-                    if self.training.until is not None and self.training.until.on(step, tape):
-                        break
-                self._update(step)
-                bar.update()
-        self._leave()
-        if not tape.rows or tape.rows[-1][0] != self.state.step:
+            try:
+                self._steps(bar)
+            finally:
+                self._leave()
+        rows = self.state.tape.rows
+        if not rows or rows[-1][0] != self.state.step:
             self._measure()
         if self.folder:
             self._keep(last=True)
@@ -197,6 +190,19 @@ class _Loop:
         if self.watch:
             self.watch(found)
         return found
+
+    def _steps(self, bar: tqdm) -> None:
+        first, tape = self.state.step, self.state.tape
+        for step in range(first, self.training.steps):
+            if self.folder and step > first and step % self.training.checkpoint_every == 0:
+                self._keep()
+            if step % self.training.measure_every == 0:
+                self._measure()
+                bar.set_postfix(loss=f"{tape.last('loss'):.3f}")
+                if self.training.until is not None and self.training.until.on(step, tape):
+                    break
+            self._update(step)
+            bar.update()
 
     def _so_far(self, done: bool = False) -> Run:
         state = self.state
@@ -220,9 +226,10 @@ class _Loop:
     # One step
 
     def _update(self, step: int) -> None:
+        draw = generator(self.seed, 3, step)
         for reset in self.resets:
             if reset.when.on(step, self.state.tape):
-                reset.apply(self.model, self.optimiser, self.state.spreads, generator(self.seed, 3, step))
+                reset.apply(self.model, self.optimiser, self.state.spreads, draw)
         lesson = self._lesson(step)
         batch = self._batch(lesson, step)
         scene = self._hold(self._active(step))
@@ -297,7 +304,8 @@ class _Loop:
         self._leave()
         folder, step = cast(Path, self.folder), self.state.step
         source = self._save_model()
-        self.state.tape.save(folder / "tape.parquet", {"seed": self.seed, "lesson": type(self.lesson).__name__})
+        about = {"seed": self.seed, "lesson": type(self.lesson).__name__, "done": last}
+        self.state.tape.save(folder / "tape.parquet", about)
         scores = self._scores()
         if step:
             atlas = Atlas.of(self.model, folder / "atlas", step=step)

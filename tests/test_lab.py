@@ -17,6 +17,7 @@ from headwise.lab import Edit, Pass, Reset, Switch, Tiny, TinyConfig, Training, 
 from headwise.measuring import measured
 from headwise.models import open_model
 from headwise.tap import tap
+from headwise.tape import Tape
 from headwise.task import answer_logits
 
 LESSON = FewShotLabels(classes=20, dim=8)
@@ -297,3 +298,30 @@ def test_what_a_user_may_get_wrong_is_a_sentence():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             make()
+
+
+def test_a_step_that_fails_leaves_no_edit_in_the_model(monkeypatch):
+    model = Tiny(config())
+    inputs = LESSON.make(None, 4, 0)
+    with torch.no_grad():
+        before = answer_logits(model, inputs)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, LESSON, Training(steps=3, batch=4), [Edit("L1.z", 0)])
+    with torch.no_grad():
+        assert torch.equal(answer_logits(model.eval(), inputs), before)
+
+
+def test_an_unfinished_run_is_not_compared(tmp_path):
+    lab.compare(
+        {"none": []}, model=config(), lesson=LESSON, training=Training(steps=2, batch=4), seeds=(1,), folder=tmp_path
+    )
+    assert lab.Comparison.load(tmp_path).seeds == [1]
+    (file,) = tmp_path.rglob("tape.parquet")
+    Tape.load(file).save(file, {"done": False})
+    with pytest.raises(ValueError, match="holds no finished run yet"):
+        lab.Comparison.load(tmp_path)
