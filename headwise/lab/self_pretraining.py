@@ -30,8 +30,8 @@ class SelfPretraining(Experiment):
     row: ClassVar[str] = "s027"
     goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 1.0)
 
-    before: int = 500
-    after: int = 300
+    before: int = 350
+    after: int = 250
 
     def conditions(self) -> dict[str, Condition]:
         """Names: "pixels, attention, scratch", "pixels, attention, pretrained" and so on."""
