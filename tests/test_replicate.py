@@ -17,6 +17,7 @@ from headwise.replicate import KEYS, Outcome, Replication, judge, settle
 ROWS = {
     "constant_memory": "s002",
     "local_experience": "s026",
+    "whole_context": "s150",
     "qk_score": "s010",
     "infllm": "s044",
     "fact_or_context": "s058",

@@ -6,7 +6,7 @@ Row s026 of the mission.
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class LocalBayesNet(Lesson):
         batch = self.make(None, 2000)
         names, values = batch.answer[:, 0::2], batch.answer[:, 1::2] - self.nodes
         said = torch.where(values == 1, one[names], 1 - one[names]).log()
-        there = batch.weight[:, 0::2]
+        there = cast(Tensor, batch.weight)[:, 0::2]
         cost = ((np.log(self.nodes) - said) * there).sum(-1) / (2 * there.sum(-1))
         return {"marginals": float(cost.mean())}
 
