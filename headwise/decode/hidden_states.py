@@ -40,7 +40,7 @@ class HiddenStates(DecodeMethod):
     """
 
     row: ClassVar[str] = "s067"
-    rate: float = 0.01
+    rate: float = 0.0003
     steps: int = 1
     window: int = 32
 

@@ -21,19 +21,19 @@ from headwise.progress import hidden
 from headwise.replicate import Outcome, Replication, settle
 
 WORDS, LENGTH = 24, 6
-TASKS = ("sorted", "swapped", "next")
+TASKS = ("sorted", "swapped", "reversed")
 BEHIND = WORDS + len(TASKS)
 VOCAB = BEHIND + 1
 OBEYED = 0.15
 
 
 def done(task: str, words: Tensor) -> Tensor:
-    """[n, LENGTH] what an order makes of words: in order, neighbours swapped, or each one's successor."""
+    """[n, LENGTH] what an order makes of words: in order, with neighbours swapped, or from the last to the first."""
     if task == "sorted":
         return words.sort(1).values
     if task == "swapped":
         return words.view(len(words), -1, 2).flip(2).flatten(1)
-    return (words + 1) % WORDS
+    return words.flip(1)
 
 
 def asked(task: str, rows: int, draw: torch.Generator, obeyed: float = 1.0) -> Tensor:
@@ -82,7 +82,8 @@ class FusedLogits(Replication):
     changed: ClassVar[str] = (
         "two tasks before this one were given up without a recorded run, both of facts, which a small model cannot "
         "keep: fusing closed 57 % of the gap in the first, and the small tuned model alone was better. Here it learns "
-        "a skill. The thresholds are those of the first."
+        "a skill; how long it is tuned was chosen on another seed, by the small model alone. The thresholds are those "
+        "of the first."
     )
 
     least_closed: ClassVar[float] = 70.0
@@ -92,7 +93,7 @@ class FusedLogits(Replication):
 
     def run(self, seed: int = 0) -> Outcome:
         """One large and one small model, tuned on each order in turn, and judged on words not seen."""
-        draw, steps = torch.Generator().manual_seed(seed), 4000 if self.full else 2000
+        draw, steps = torch.Generator().manual_seed(seed), 4000 if self.full else 1000
 
         def mixed() -> Tensor:
             return torch.cat([asked(task, 32, draw, OBEYED) for task in TASKS])
@@ -106,8 +107,8 @@ class FusedLogits(Replication):
             def single(task: str = task) -> Tensor:
                 return asked(task, 96, draw)
 
-            experts[task] = learn(copy.deepcopy(small), single, steps // 4, 1e-3, f"small {task}")
-            tuned = learn(copy.deepcopy(large), single, steps // 4, 1e-3, f"large {task}")
+            experts[task] = learn(copy.deepcopy(small), single, steps // 5, 1e-3, f"small {task}")
+            tuned = learn(copy.deepcopy(large), single, steps // 5, 1e-3, f"large {task}")
             test = tests[task] = asked(task, 1000 if self.full else 400, draw)
             pair = (small, experts[task])
             rule = LogitFusion().processor(*pair)
