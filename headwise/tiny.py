@@ -375,11 +375,13 @@ class Tiny(PreTrainedModel, GenerationMixin):
         stream = self._stream(read, position_ids)
         for block in self.blocks:
             stream = block(stream, mask, turn, past_key_values)
+        # As in models of transformers the last norm sees every column, so that a circuit can be read in front of it.
+        stream = self.norm(stream)
         if isinstance(logits_to_keep, Tensor):
             stream = stream[:, logits_to_keep]
         elif logits_to_keep:
             stream = stream[:, -logits_to_keep:]
-        logits = self.readout(self.norm(stream))
+        logits = self.readout(stream)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

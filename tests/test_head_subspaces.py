@@ -1,17 +1,21 @@
 """Heads kept in a few directions: all of them change nothing, the right few keep a planted behaviour."""
 
+import math
+
 import pytest
 import torch
 from families import ALL
 from test_heads import make
 
-from headwise.data import IOI, Planted
+from headwise.circuits import PathPatching
+from headwise.data import IOI, LetteredChoices, Planted
 from headwise.do import do
 from headwise.features import HeadSubspaces
 from headwise.features.head_subspaces import compressed
 from headwise.replicate.head_subspaces import HeadSubspaces as Replicated
-from headwise.replicate.head_subspaces import even
+from headwise.replicate.head_subspaces import even, writers
 from headwise.task import answer_logits, correct
+from headwise.tiny import TinyConfig
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
@@ -58,14 +62,41 @@ def test_what_cannot_be_kept_is_a_sentence():
 
 
 def test_outcomes_on_made_up_numbers():
-    def judged(own, wider, said_by):
-        one = {"own": own, "random": 0.1, "worth": 3.0, "right_whole": 98.0, "right_own": 97.0}
-        return (
-            Replicated()
-            ._judge({"names": one, "countries": one | {"own": wider}}, said_by, ["L1.H1"], 25.0, (40, 40))
-            .outcome
-        )
+    def judged(own, wider, said_by, right=97.0):
+        one = {"own": own, "random": 0.1, "worth": 3.0, "right_whole": 98.0, "right_own": right}
+        one |= {"right_random": 30.0, "right_none": 25.0}
+        mixed, names = one | {"right_own": 60.0}, one | {"right_own": 97.0}
+        letters = {"said": 0.9, "heads": ["L2.H0"], "of": 16, "in order, qk": one, "random letters, qk": mixed}
+        found = {"names": names, "countries": names | {"own": wider}}
+        return Replicated()._judge(found, letters, said_by, ["L1.H1"], 25.0, (40, 40)).outcome
 
     assert judged(0.9, 0.5, 0.9) == "holds"
-    assert judged(0.9, 0.95, 0.9) == judged(0.9, 0.5, 0.7) == "partly"
-    assert judged(0.7, 0.5, 0.9) == "fails"
+    assert judged(0.9, 0.95, 0.9) == judged(0.9, 0.5, 0.7) == judged(0.7, 0.5, 0.9) == "partly"
+    assert judged(0.9, 0.5, 0.9, right=50.0) == "fails"
+
+
+def test_lettered_choices_ask_for_the_letter_of_a_word():
+    lesson = LetteredChoices()
+    for split in ("train", *lesson.tests):
+        batch = lesson.on(split).make(n=64, seed=3)
+        ids, row = batch.ids, torch.arange(64)
+        match, rival = (batch.spans[name][:, 0] for name in ("match", "rival"))
+        assert ids.shape == (64, 10) and (ids[:, -1] == lesson.shape.vocab_size - 1).all()
+        assert (ids[row, match] == batch.answer[:, 0]).all() and (ids[row, rival] == batch.foil[:, 0]).all()
+        assert (ids[row, match + 1] == ids[:, 0]).all() and (batch.answer != batch.foil).all()
+        changed = batch.corrupt["input_ids"]
+        assert (changed[row, rival + 1] == changed[:, 0]).all() and (changed[:, 1:] == ids[:, 1:]).all()
+        ordered = float((ids[:, 1:9:2] == torch.arange(4)).all(1).float().mean())
+        low, high = {"in order": (1, 1), "random letters": (0, 0.1), "train": (0.3, 0.7)}[split]
+        assert low <= ordered <= high
+    with pytest.raises(ValueError, match="1 options do not fit 12 letters and 32 words; allowed are 2 to 12"):
+        LetteredChoices(options=1)
+
+
+def test_a_small_model_of_a_lesson_has_edges_to_its_last_column_only():
+    lesson = LetteredChoices()
+    model = TinyConfig(**lesson.config(layers=2, heads=2, width=16, mlp=16)).build(0).eval()
+    order, said = writers(model, lesson.make(n=4, seed=0), 3)
+    assert len(order) == 7 and math.isfinite(said)
+    graph = PathPatching(tokens=True).find(model, lesson.make(n=2, seed=0))
+    assert ("embed@9", "logits") in graph.edges and abs(graph["embed@3", "logits"]) < 1e-6
