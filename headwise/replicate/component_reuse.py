@@ -31,6 +31,9 @@ class ComponentReuse(Replication):
     row: ClassVar[str] = "s121"
     claim: ClassVar[str] = "Two tasks share most of their heads, and setting four of them repairs the weaker one."
     paper: ClassVar[str] = "78 % of the heads are shared; 49.6 % to 93.7 % on coloured objects by setting four heads"
+    changed: ClassVar[str] = (
+        "after its first record the check on shared heads was put first, as it is the claim; no threshold was moved"
+    )
 
     candidates: ClassVar[int] = 10
     most_p: ClassVar[float] = 0.01
@@ -73,9 +76,9 @@ class ComponentReuse(Replication):
 
     def _judge(self, reuse, own: dict[str, float], rival: dict[str, float], rates: list[float], n: int) -> Outcome:
         checks = {
-            f"heads are worth alike in both tasks (p < {self.most_p})": reuse.p < self.most_p,
             f"at least {self.least_shared:.0%} of the first circuit's heads are in the second": reuse.shared
             >= self.least_shared,
+            f"heads are worth alike in both tasks (p < {self.most_p})": reuse.p < self.most_p,
             f"setting at most four heads adds {self.least_rise:.0f} points": rates[1] - rates[0] >= self.least_rise,
             "random heads of the same layers, set by the same rule, add less": rates[1] > rates[2],
         }
