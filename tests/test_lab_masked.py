@@ -55,7 +55,7 @@ def test_exact_needs_all_of_the_results():
 def test_the_loss_goes_down():
     lab = MaskedSteps()
     conditions = lab.conditions()
-    assert list(conditions) == ["masked 0%", "masked 20%", "masked 40%"]
+    assert list(conditions) == ["masked 0%", "masked 20%"]
     one = conditions["masked 20%"]
     few = replace(one.training, steps=30, measure_every=15, rows=64)
     run = train(one.model, one.lesson, few, seed=1)

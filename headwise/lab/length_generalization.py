@@ -34,8 +34,8 @@ class LengthGeneralization(Experiment):
         """One a task, by its name; with `full`, 20 items are taught and 40 tested."""
         lengths = {"longest": 20, "tested": 40} if self.full else {"longest": self.longest, "tested": self.tested}
         training = Training(
-            steps=20_000 if self.full else 2000,
-            batch=64,
+            steps=20_000 if self.full else 1500,
+            batch=64 if self.full else 32,
             lr=1e-3 if self.full else 2e-3,
             warmup=100,
             decay="linear",

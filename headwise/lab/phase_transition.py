@@ -32,8 +32,8 @@ class PhaseTransition(Experiment):
     def conditions(self) -> dict[str, Condition]:
         """Names: "near" and "far"; with `full`, 8 facts, a wider network and ten times the steps."""
         training = Training(
-            steps=40_000 if self.full else 4000,
-            batch=64,
+            steps=40_000 if self.full else 3000,
+            batch=64 if self.full else 48,
             lr=1e-3,
             optimiser="adamw",
             weight_decay=0.01,
