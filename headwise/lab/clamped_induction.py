@@ -18,6 +18,8 @@ from headwise.training import Training
 
 CLAMPS = ("none", "previous token", "first layer", "copy", "first layer and copy", "match")
 SURPRISES = ("previous token", "previous token, three heads", "previous token, all heads")
+# What is left to learn when all else is held: to copy ("match"), and to match ("first layer and copy").
+ALONE = ("match", "first layer and copy")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ClampedInduction(Experiment):
         return {name: [alone, *edits] for name, edits in parts.items()}
 
     def conditions(self) -> dict[str, Condition]:
-        """The clamps; "15 labels" (unclamped); and "all heads", trained on until all is learned."""
+        """The clamps; "15 labels", unclamped and with all but one part held; "all heads", until all is learned."""
         lesson = FewShotLabels(dim=512, classes=50) if self.full else FewShotLabels()
         training = Training(
             steps=31_250 if self.full else 4000,
@@ -71,6 +73,8 @@ class ClampedInduction(Experiment):
         more = replace(lesson, labels=15)
         wider = TinyConfig(**more.config(layers=2, heads=8, width=64))
         found["15 labels"] = Condition(wider, more, training, self.clamps()["none"])
+        for name in ALONE:
+            found[f"{name}, 15 labels"] = Condition(wider, more, training, self.clamps()[name])
         longer = replace(training, until=None, measure_every=100, rows=256)
         found["all heads"] = Condition(config, lesson, longer)
         return found
