@@ -1,7 +1,7 @@
 """How well cheap edges rank against exact path patching, and circuit discovery against its peers.
 
 python bench/circuits.py spearman [--tasks ioi --edges 150]    writes bench/results/circuits_spearman.json
-python bench/circuits.py race [--prompts 3 --rounds 2]         writes bench/results/circuits_race.json
+python bench/circuits.py race [--prompts 3 --rounds 3]         writes bench/results/circuits_race.json
 """
 
 import argparse
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--few", type=int, default=2, help="prompts on which CD-T runs")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--edges", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--envs")
     given = parser.parse_args()
     if given.job == "spearman":
