@@ -37,7 +37,7 @@ class Condition:
     edits: "Sequence[Change]" = ()
     progress: "Mapping[str, Sequence[Edit]]" = field(default_factory=dict)
 
-    def run(self, seed: int, folder: "Path | None" = None, watch: "Watch | None" = None) -> Run:
+    def run(self, seed: int, folder: "Path | None" = None, watch: Watch | None = None) -> Run:
         """Train it."""
         return train(
             self.model,
@@ -160,7 +160,7 @@ def compare(
     seeds: Sequence[int] = (5, 6, 7),
     folder: "Path | str | None" = None,
     processes: int = 1,
-    watch: "Watch | None" = None,
+    watch: Watch | None = None,
 ) -> Comparison:
     """Train every condition with every seed.
 

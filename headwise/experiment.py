@@ -38,7 +38,7 @@ class Experiment(Method):
         folder: "Path | str | None" = None,
         only: "Sequence[str] | None" = None,
         processes: int = 1,
-        watch: "Watch | None" = None,
+        watch: Watch | None = None,
     ) -> Comparison:
         """Train its conditions, or some of them.
 

@@ -464,8 +464,10 @@ def test_bad_requests_are_answered_in_sentences() -> None:
         D.HeadCopying(tokens=0)
     with pytest.raises(ValueError, match="HeadCopying has no heads to ask"):
         D.HeadCopying().generate(model, ids, max_new_tokens=3)
-    with pytest.raises(ValueError, match="does not have|has the layers|heads"):
+    with pytest.raises(ValueError, match="L7"):
         D.HeadCopying(heads=("L7.H0",)).generate(model, ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"'L0' is no head to ask; allowed are names such as L5\.H1\."):
+        D.HeadCopying(heads=("L0",)).generate(model, ids, max_new_tokens=3)
     with pytest.raises(ValueError, match="'copyspec' does not draft"):
         D.Either("copyspec", copy)
     with pytest.raises(ValueError, match="'copyspec' does not draft"):

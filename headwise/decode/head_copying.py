@@ -16,7 +16,7 @@ from headwise.anatomy import anatomy
 from headwise.drafting import Draft, Drafter, News, Reading
 from headwise.listen import Handler, Place, listen
 from headwise.score import Score
-from headwise.site import Site
+from headwise.site import Site, Unit
 from headwise.store import Buffer
 from headwise.verifying import DraftMethod
 
@@ -71,13 +71,15 @@ class _Asks(Drafter):
         self.groups: dict[int, tuple[list[int], list[int], float]] = {}
         body = anatomy(model)
         for unit in method.heads:
-            site = Site.parse(unit)
-            body.resolve(Site(site.layer, "q", site.index))
-            layer = body.layer(site.layer)
+            head = Unit.parse(unit)
+            if head.letter != "H":
+                raise ValueError(f"{unit!r} is no head to ask; allowed are names such as L5.H1.")
+            body.resolve(Site(head.layer, "q", head.index))
+            layer = body.layer(head.layer)
             scale = float(getattr(layer.attention, "scaling", None) or layer.head_dim**-0.5)
             heads, kv, _ = self.groups.setdefault(layer.number, ([], [], scale))
-            heads.append(site.index)
-            kv.append(site.index // (layer.heads // layer.kv_heads))
+            heads.append(head.index)
+            kv.append(head.index // (layer.heads // layer.kv_heads))
         self.passed: dict[tuple[int, str], list[Tensor]] = {}
         self.texts: list[list[int]] = []
         self.where: list[dict[int, list[int]]] = []

@@ -6,7 +6,7 @@ Its hidden state optimisation, first in Yoshida and Gimpel, 2021, arXiv:2112.086
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,9 @@ class HiddenStates(DecodeMethod):
         self, model: PreTrainedModel, ids: Tensor, real: Tensor, part: slice, known: Memory
     ) -> tuple[Tensor, Memory]:
         """Logits [B, W, V] of a window as it was first read, and keys and values up to its end after all steps."""
-        first, places = None, (real.cumsum(-1) - 1).clamp_min(0)
+        first: Tensor | None = None
+        whole: Memory = []
+        places = (real.cumsum(-1) - 1).clamp_min(0)
         seen, new = real[:, : part.stop], ids[:, part]
         told = seen[:, part] * seen[:, : part.start].any(1)[:, None]  # the first window of a row has nothing to move
         wanted = torch.where((told[:, 1:] * told[:, :-1]).bool(), new[:, 1:], -100)
@@ -98,7 +100,7 @@ class HiddenStates(DecodeMethod):
                     moved = [self._step(one, slope, seen) for one, slope in zip(sum(whole, ()), slopes, strict=True)]
                     whole = list(zip(moved[::2], moved[1::2], strict=True))
                     known = [(k[:, :, : part.start], v[:, :, : part.start]) for k, v in whole]
-        return first, whole
+        return cast(Tensor, first), whole
 
     def _step(self, value: Tensor, slope: Tensor, seen: Tensor) -> Tensor:
         """One layer's keys or values [B, H, T, d] a step down, row by row; padding stays where it is."""
@@ -136,4 +138,4 @@ def _memory(model: PreTrainedModel, cache: DynamicCache) -> Memory:
             f"The cache of this {model.config.model_type} does not hold the keys and values of every token in every "
             "layer, so they cannot be optimised; allowed are models with full attention throughout."
         )
-    return layers
+    return cast("Memory", layers)

@@ -69,9 +69,11 @@ class TwoParameterHead(Method):
         with torch.no_grad():
             for i, back in enumerate(grid):
                 for j, match in enumerate(grid):
-                    net.look_back.fill_(back), net.match.fill_(match)
+                    net.look_back.fill_(back)
+                    net.match.fill_(match)
                     found[i, j] = self.lesson.loss(net(batch), batch).mean()
-            net.look_back.copy_(before[0]), net.match.copy_(before[1])
+            net.look_back.copy_(before[0])
+            net.match.copy_(before[1])
         return found
 
     def _note(self, net: "Network", held: dict[str, Batch], tape: Tape, step: int) -> None:
