@@ -15,8 +15,9 @@ from headwise.data.regressions import Examples, Foretold, gaussian
 
 @dataclass(frozen=True)
 class FourierSeries(Examples):
-    """Examples of a sum of waves over [-1, 1): what is y? Some frequencies come more often than others.
+    """Examples of a sum of waves around a circle: what is y? Some frequencies come more often than others.
 
+    x is the cosine and the sine of an angle.
     A prompt has the first 1, 2, ... or all frequencies (or the last so many), equally likely, each with a cosine and a
     sine of random sizes; the expected square of y is 1.
 
@@ -26,22 +27,22 @@ class FourierSeries(Examples):
         length: examples in a prompt.
         noise: variance of what is added to y.
         apart: whether x and y have positions of their own.
-        dim: channels of x, always 1.
+        dim: channels of x, always 2.
     """
 
     row: ClassVar[str] = "s062"
     kind: ClassVar[str] = "Fourier series"
 
-    frequencies: int = 5
+    frequencies: int = 4
     rising: bool = False
     length: int = 20
     noise: float = 0.01
     apart: bool = False
-    dim: int = field(default=1, init=False)
+    dim: int = field(default=2, init=False)
 
     def waves(self, x: Tensor) -> Tensor:
-        """[..., 2 * frequencies] cosines, then sines, of x [..., 1]."""
-        angles = x * pi * torch.arange(1, self.frequencies + 1)
+        """[..., 2 * frequencies] cosines, then sines, of x [..., 2]."""
+        angles = torch.atan2(x[..., 1:], x[..., :1]) * torch.arange(1, self.frequencies + 1)
         return torch.cat([angles.cos(), angles.sin()], -1)
 
     def sizes(self) -> Tensor:
@@ -55,7 +56,7 @@ class FourierSeries(Examples):
 
     def examples(self, n: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden: how many frequencies a prompt has, less one, [n]."""
-        x = 2 * torch.rand(n, self.length, 1, generator=draw) - 1
+        x = around(2 * torch.rand(n, self.length, generator=draw) - 1)
         many = torch.randint(self.frequencies, (n,), generator=draw)
         w = torch.randn(n, 2 * self.frequencies, generator=draw) * self.sizes()[many].sqrt().repeat(1, 2)
         noise = self.noise**0.5 * torch.randn(n, self.length, generator=draw)
@@ -68,13 +69,18 @@ class FourierSeries(Examples):
         return found, [1 / len(found)] * len(found)
 
     def config(self, **options: object) -> dict[str, object]:
-        """With wider MLPs, which must make waves of a number."""
-        return super().config(**({"mlp": 256, "act": "gelu"} | options))
+        """With wider MLPs, which must make waves, and without norms, behind which waves are hard to learn."""
+        return super().config(**({"mlp": 256, "act": "gelu", "norm": "none"} | options))
+
+
+def around(share: Tensor) -> Tensor:
+    """[..., 2] cosine and sine of angles, given as shares of half a turn."""
+    return torch.stack([(pi * share).cos(), (pi * share).sin()], -1)
 
 
 def grid(points: int) -> Tensor:
-    """[points] evenly over [-1, 1)."""
-    return 2 * torch.arange(points) / points - 1
+    """[points, 2] evenly around the circle."""
+    return around(2 * torch.arange(points) / points - 1)
 
 
 def power(values: Tensor, frequencies: int) -> Tensor:

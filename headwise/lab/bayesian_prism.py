@@ -27,7 +27,7 @@ class BayesianPrism(Experiment):
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
     dim: int = 5
-    frequencies: int = 5
+    frequencies: int = 4
 
     def conditions(self) -> dict[str, Condition]:
         """Dense and sparse functions, functions of two hills, and waves with power falling or rising by frequency."""
@@ -41,7 +41,7 @@ class BayesianPrism(Experiment):
         }
         shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024} if self.full else {}
         training = Training(
-            steps=500_000 if self.full else 2500,
+            steps=500_000 if self.full else 5000,
             batch=64 if self.full else 32,
             lr=1e-4 if self.full else 2e-3,
             warmup=100,
@@ -50,11 +50,12 @@ class BayesianPrism(Experiment):
             measure_every=500,
             rows=256,
         )
-        # A step on waves takes longer, for there are more examples.
-        shorter = training if self.full else replace(training, steps=1600)
+        shorter = {} if self.full else {"two hills": 3000, "low frequencies": 1200, "high frequencies": 1800}
         return {
             name: Condition(
-                TinyConfig(**lesson.config(**shape)), lesson, shorter if isinstance(lesson, FourierSeries) else training
+                TinyConfig(**lesson.config(**shape)),
+                lesson,
+                replace(training, steps=shorter.get(name, training.steps)),
             )
             for name, lesson in lessons.items()
         }

@@ -4,7 +4,7 @@
 Row s047 of the mission. Scaled down: 5 channels, and x and the example before it share a position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from headwise.comparison import Condition
@@ -27,7 +27,7 @@ class ICLUncertainty(Experiment):
     goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 1.3)
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
-    pool: int = 32
+    pool: int = 8
     length: int = 20
 
     def conditions(self) -> dict[str, Condition]:
@@ -35,7 +35,7 @@ class ICLUncertainty(Experiment):
         size = {"dim": 8, "length": 100, "apart": True} if self.full else {"length": self.length}
         shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024, "act": "gelu"} if self.full else {}
         training = Training(
-            steps=200_000 if self.full else 2500,
+            steps=200_000 if self.full else 6000,
             batch=64 if self.full else 32,
             lr=1e-4 if self.full else 2e-3,
             warmup=100,
@@ -48,6 +48,9 @@ class ICLUncertainty(Experiment):
             "endless tasks": UncertainRegression(**size),
             f"{self.pool} tasks": UncertainRegression(tasks=self.pool, **size),
         }
+        # A pool is learned sooner.
+        shorter = training if self.full else replace(training, steps=3000)
         return {
-            name: Condition(TinyConfig(**lesson.config(**shape)), lesson, training) for name, lesson in lessons.items()
+            name: Condition(TinyConfig(**lesson.config(**shape)), lesson, shorter if lesson.tasks else training)
+            for name, lesson in lessons.items()
         }

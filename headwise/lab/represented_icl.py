@@ -60,7 +60,7 @@ class RepresentedICL(Experiment):
         size = {"width": self.width, "length": self.length} | size
         shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024} if self.full else {}
         training = Training(
-            steps=300_000 if self.full else 2500,
+            steps=300_000 if self.full else 5000,
             batch=64 if self.full else 32,
             lr=1e-4 if self.full else 2e-3,
             warmup=100,
