@@ -47,8 +47,8 @@ class BayesianPrismReplication(Replication):
         "errors on those of the mixture's posterior mean; simplicity bias depends on the training data"
     )
     changed: ClassVar[str] = (
-        "In a first run of 2,500 and 1,600 steps the largest distance to Bayes was 16 % of y's square, and where high "
-        "frequencies abound nothing was learned of five frequencies over a number; then more steps on linear functions, "
+        "In a first run, 2,500 and 1,600 steps, the largest distance to Bayes was 16 % of y's square, and where high "
+        "frequencies abound nothing was learned of five frequencies of a number; then more steps on linear functions, "
         "and four frequencies over a circle, without norms. Thresholds are as they were."
     )
 
