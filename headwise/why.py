@@ -20,7 +20,7 @@ from headwise.method import Method
 from headwise.models import name_of
 from headwise.paths import prepare
 from headwise.score import provenance
-from headwise.slopes import attributed, mean_slopes
+from headwise.slopes import attributed, followed, mean_slopes
 from headwise.task import Batch, Metric, answer_logits, logit_diff, sequence_logprob
 from headwise.worth import Appraisal, Worth, gap, outcomes, share, smallest
 
@@ -108,7 +108,8 @@ class Why(Method):
 
     Fields:
         target: share of the difference that the graph must carry alone.
-        steps: gradients by which edges are ranked (EAP-IG).
+        steps: gradients by which edges are ranked (EAP-IG), and steps in which those that are kept are weighed
+            (conductance), more where the metric turns.
         contrasts: random contrasts that are compared, where neither a contrast nor a name to exchange is at hand.
         draws: random circuits of each kind that the graph must beat, 0 for no test.
     """
@@ -160,6 +161,8 @@ class Why(Method):
             )
         ranked = attributed(self, parts, batch, [mean_slopes(parts[0], ("embed", 0), clean, corrupt, self.steps)])
         graph, _ = smallest(parts, ranked, self.target, spare=8)
+        # EAP-IG ranks well, but a weight of it can be many times the whole difference where attention turns sharply.
+        graph = attributed(self, parts, batch, [followed(parts[0], self.steps)]) & graph
         about = {**provenance(self, model, batch), "model": name_of(model)}
         return Reason(
             prompt=prompt,

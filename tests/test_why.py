@@ -36,6 +36,7 @@ def test_the_planted_reason_is_found(planted):
     assert reason.how == "exchanged" and "John and Mary" in reason.contrast[0]
     assert reason.metric == "logit difference" and reason.worth.clean > 10 > -10 > reason.worth.corrupt
     assert {at["name mover"], "logits"} <= set(reason.graph.nodes)
+    assert reason.graph.table["weight"].abs().max() < 1.25 * (reason.worth.clean - reason.worth.corrupt)
     assert reason.worth.faithfulness == pytest.approx(1, abs=0.2) and len(reason.graph) < 20
     assert reason.unseen[0].startswith("the exchanged prompt") and reason.unseen[1] == pytest.approx(1, abs=0.3)
     assert "had no say in choosing it" in reason.tested()
@@ -113,9 +114,6 @@ def test_bad_fields_are_sentences(planted):
         Why().ask(planted.model, None, PROMPT, "Mary", "John")
 
 
-@pytest.mark.xfail(
-    strict=False, reason="on a saturated planted model exact patching gives 86.7, EAP-IG 1132.5; not yet understood"
-)
 def test_a_kept_graph_holds_the_question_and_its_numbers(planted, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "open_model", lambda _name: (planted.model, planted.tokenizer))
     reason = ask(planted, PROMPT, "Mary", "John")
