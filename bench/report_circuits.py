@@ -28,13 +28,13 @@ def ranks(found: dict | None) -> str:
         values = [f"{r[key][n]:.2f}" for key in ("spearman", "of_sizes") for n in names]
         lines.append(f"| {r['task']} | {r['prompts']} | {r['edges']} of {r['of']} | {' | '.join(values)} |")
     seconds = ", ".join(f"{n} {sum(r['seconds'][n] for r in rows):.0f}" for n in rows[0]["seconds"])
-    few = sorted({r["on"]["cd_t"] for r in rows})
-    weighed = [r["weighed"]["cd_t"] for r in rows]
+    few = min(r.get("on", {}).get("cd_t", r["prompts"]) for r in rows)
+    weighed = [r.get("weighed", {}).get("cd_t", r["edges"]) for r in rows]
     text = (
-        "Rank correlations with exact path patching over the same edges of the default model, a fifth of them drawn at "
-        "random and a fifth from the thousand largest of each method. CD-T, which takes a pass a node, runs on the "
-        f"first {few[0]} prompts, weighs {min(weighed)} to {max(weighed)} of the edges, and is held against exact "
-        f"patching of those. *Sizes* leave the sign out. Seconds of all tasks, on a machine that others used as well: "
+        "Rank correlations with exact path patching over the same edges of the default model: some drawn at random, as "
+        "many from the thousand largest of each method. CD-T, which takes a pass a node, runs on the first "
+        f"{few} prompts, weighs {min(weighed)} to {max(weighed)} of the edges, and is held against exact patching of "
+        "those. *Sizes* leave the sign out. Seconds of all tasks, on a machine that others used as well: "
         f"{seconds}."
     )
     about = f"{found['when']}; torch {found['torch']}; `python bench/circuits.py spearman`."
