@@ -51,6 +51,10 @@ ROWS = {
     "shortcut_features": "s039",
     "patch_size": "s097",
     "self_pretraining": "s027",
+    "icl_uncertainty": "s047",
+    "bayesian_prism": "s062",
+    "represented_icl": "s143",
+    "factor_probes": "s147",
 }
 DOCS = Path(__file__).parents[1] / "docs"
 
