@@ -162,3 +162,15 @@ def test_what_cannot_be_taught_is_refused():
         LengthLesson(task="sort")
     with pytest.raises(ValueError, match="cannot be taught to be tested"):
         LengthLesson(longest=9, tested=8)
+
+
+def test_prompts_may_begin_anywhere():
+    lab = LengthGeneralization(longest=4, tested=8, positions="learned")
+    one = lab.conditions()["copy different letters"]
+    for split in ("train", "longer"):
+        places = one.lesson.on(split).make(None, 200, 0).inputs["position_ids"]
+        assert (places.diff(dim=-1) == 1).all() and places.max() == one.model.max_positions - 1 and places.min() == 0
+        assert len(places[:, 0].unique()) == one.lesson.shape.length - places.shape[1] + 1
+    assert not {"position_ids"} & set(LengthLesson().make(None, 2).inputs)
+    few = replace(one.training, steps=4, batch=8, measure_every=2, rows=8)
+    assert train(one.model, one.lesson, few, seed=1).step == 4

@@ -29,6 +29,7 @@ class LengthLesson(Lesson):
             "copy bits" or "parity".
         longest: items of the longest prompts that are taught; the shortest have 2.
         tested: items of the prompts of "longer".
+        offsets: whether a prompt begins anywhere in as many positions as the longest needs, so that all are taught.
     """
 
     row: ClassVar[str] = "s048"
@@ -38,6 +39,7 @@ class LengthLesson(Lesson):
     task: str = "copy different letters"
     longest: int = 10
     tested: int = 20
+    offsets: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +71,12 @@ class LengthLesson(Lesson):
             at.append([len(prompt) - 1 + i for i in range(len(said))])
             answer.append(said)
             weight.append([1] * len(said))
-        return Batch(
-            inputs={"input_ids": _filled(ids)}, at=_filled(at), answer=_filled(answer), weight=_filled(weight).float()
-        )
+        inputs = {"input_ids": _filled(ids)}
+        if self.offsets:
+            length = inputs["input_ids"].shape[1]
+            start = torch.randint(self.shape.length - length + 1, (n, 1), generator=draw)
+            inputs["position_ids"] = start + torch.arange(length)
+        return Batch(inputs=inputs, at=_filled(at), answer=_filled(answer), weight=_filled(weight).float())
 
     @property
     def hint(self) -> int:

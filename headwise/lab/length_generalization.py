@@ -1,6 +1,7 @@
 """What Algorithms can Transformers Learn? A Study in Length Generalization. Zhou et al., 2023. arXiv:2310.16028
 
-Row s048 of the mission. Rotary positions with slow turns stand for the paper's learned ones with random offsets.
+Row s048 of the mission. Rotary positions with slow turns stand for the paper's learned ones with random offsets,
+unless these are asked for.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class LengthGeneralization(Experiment):
     Fields:
         longest: items of the longest prompts that are taught.
         tested: items of those that are tested.
+        positions: "rope", or "learned" with prompts that begin anywhere, as in the paper.
     """
 
     row: ClassVar[str] = "s048"
@@ -29,6 +31,7 @@ class LengthGeneralization(Experiment):
 
     longest: int = 10
     tested: int = 20
+    positions: str = "rope"
 
     def conditions(self) -> dict[str, Condition]:
         """One a task, by its name; with `full`, 20 items are taught and 40 tested."""
@@ -46,6 +49,7 @@ class LengthGeneralization(Experiment):
         shape = {"layers": 4 if self.full else 2, "heads": 4, "width": 64, "mlp": 128, "rope_theta": 1e5}
         found = {}
         for task in TASKS:
-            lesson = LengthLesson(task=task, **lengths)
-            found[task] = Condition(TinyConfig(**lesson.config(**shape, embed_std=0.5)), lesson, training)
+            lesson = LengthLesson(task=task, **lengths, offsets=self.positions == "learned")
+            config = TinyConfig(**lesson.config(**shape, pos=self.positions, embed_std=0.5))
+            found[task] = Condition(config, lesson, training)
         return found
