@@ -41,7 +41,7 @@ class HiddenStatesOnText(Replication):
     )
 
     changed: ClassVar[str] = (
-        "the run of 2026-11-21 had steps of 0.003 to 0.03; the shortest of them did best on the texts for choosing, and "
+        "the run of 2026-11-21 had steps of 0.003 to 0.03; the shortest did best on the texts for choosing, and "
         "harmed on the others (3 of 24 lost less). After a look at three more texts shorter steps came in their place; "
         "with these it has not run yet, so a result of that day is of the longer ones."
     )
