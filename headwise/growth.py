@@ -49,13 +49,14 @@ def grown_heads(runs: "Mapping[str, Mapping[int, Run]]", name: str = "induction"
     found = []
     for condition, by_seed in runs.items():
         for seed, run in by_seed.items():
+            claims, reason = [], {}
             try:
                 claims = grown_claims(run, name)
             except ValueError as problem:
-                if run.folder is not None:
-                    skipped = run.atlas.about.get("skipped", {})
-                    run.atlas.note(skipped=skipped | {f"grown {name}": str(problem)})
-                continue
+                reason = {f"grown {name}": str(problem)}
+            if run.folder is not None:
+                others = {key: why for key, why in run.atlas.about.get("skipped", {}).items() if key != f"grown {name}"}
+                run.atlas.note(skipped=others | reason or None)
             found += [
                 Grown(condition, seed, claim.unit, claim.role, claim.verdict, claim.sentence())
                 for claim in claims
