@@ -85,7 +85,7 @@ def spearmans(tasks: list[str], prompts: int, few: int, edges: int) -> None:
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for task in tasks:
         row = rank(model, tokenizer, task, prompts, few, edges)
-        rows = [one for one in rows if "on" in one and one["task"] != task] + [row]
+        rows = [one for one in rows if one["task"] != task] + [row]
         # What is done is kept, should a later task be stopped.
         racing.save("circuits_spearman", {"rows": rows, "machine": machine.facts(), "torch": torch.__version__})
 

@@ -18,16 +18,16 @@ def ranks(found: dict | None) -> str:
     if found is None:
         return ""
     rows = found["rows"]
-    names = list(rows[0]["spearman"])
+    names = [name for name in METHODS if any(name in r["spearman"] for r in rows)]
     head = "| task | prompts | edges | " + " | ".join(METHODS[n] for n in names)
     lines = [
         head + " | " + " | ".join(f"{METHODS[n]}, sizes" for n in names) + " |",
         "| --- " * (3 + 2 * len(names)) + "|",
     ]
     for r in rows:
-        values = [f"{r[key][n]:.2f}" for key in ("spearman", "of_sizes") for n in names]
+        values = [f"{r[key][n]:.2f}" if n in r[key] else "-" for key in ("spearman", "of_sizes") for n in names]
         lines.append(f"| {r['task']} | {r['prompts']} | {r['edges']} of {r['of']} | {' | '.join(values)} |")
-    seconds = ", ".join(f"{n} {sum(r['seconds'][n] for r in rows):.0f}" for n in rows[0]["seconds"])
+    seconds = ", ".join(f"{n} {sum(r['seconds'].get(n, 0) for r in rows):.0f}" for n in (*names, "exact"))
     few = min(r.get("on", {}).get("cd_t", r["prompts"]) for r in rows)
     weighed = [r.get("weighed", {}).get("cd_t", r["edges"]) for r in rows]
     text = (
