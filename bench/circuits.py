@@ -82,9 +82,9 @@ def rank(model, tokenizer, task: str, prompts: int, few: int, count: int) -> dic
 def spearmans(tasks: list[str], prompts: int, few: int, edges: int) -> None:
     model, tokenizer = hw.open_model("default")
     file = racing.RESULTS / "circuits_spearman.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for task in tasks:
         row = rank(model, tokenizer, task, prompts, few, edges)
+        rows = json.loads(file.read_text())["rows"] if file.exists() else []
         rows = [one for one in rows if one["task"] != task] + [row]
         # What is done is kept, should a later task be stopped.
         racing.save("circuits_spearman", {"rows": rows, "machine": machine.facts(), "torch": torch.__version__})
