@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from headwise import lab
+from headwise.atlas import Atlas
 from headwise.claim import role
 from headwise.data import Exemplars, FewShotLabels
 from headwise.experiment import Experiment
@@ -151,6 +153,8 @@ def test_the_commands_of_the_lab(capsys, tmp_path, monkeypatch):
     drawn = blocks(ROOT / "docs" / "contracts.md", "text")[1][1]
     assert {line.split("/")[0].strip() for line in drawn.splitlines()[1:]} == {path.name for path in kept.iterdir()}
     assert [row["condition"] for row in done["conditions"]] == ["none", "match"]
+    assert done["grown"] == [] and Path(done["page"]) == tmp_path / "training.html" and Path(done["page"]).is_file()
+    assert "No head comes near induction" in Atlas(kept / "atlas").about["skipped"]["grown induction"]
     assert "times sooner than 'none'" in run(capsys, *words).out
     kept = json.loads(run(capsys, "lab", "compare", tmp_path, "--metric", "accuracy", "--above", 0.0, "--json").out)
     assert [row["condition"] for row in kept] == ["none", "match"] and len(kept[0]["times"]) == 2
@@ -210,6 +214,17 @@ def test_induction_heads_grow(tmp_path):
     assert grown and all(claim.unit.startswith("L1") for claim in grown)
     assert any(claim.verdict == "proved" and "grown" in claim.sentence() for claim in grown)
     assert [claim.unit for claim in run.atlas.claims("induction")] == [claim.unit for claim in claims]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line_ends_with_an_atlas_in_which_a_head_grew(capsys, tmp_path):
+    words = ("lab", "run", "clamped_induction", "--seeds", 1, "--only", "none", "--out", tmp_path)
+    (grown,) = json.loads(run(capsys, *words, "--json").out)["grown"]
+    assert (grown["condition"], grown["seed"], grown["unit"]) == ("none", 5, "L1.H3")
+    assert grown["says"] == "L1.H3 induction: proved (needed, enough, grown)"
+    atlas = Atlas(tmp_path / "none" / "seed=5" / "atlas")
+    (claim,) = atlas.claims("induction")
+    assert claim.rung("grown").passed and claim.verdict == "proved" and "skipped" not in atlas.about
 
 
 class Prompts(torch.utils.data.Dataset):
