@@ -200,9 +200,7 @@ def _best(
                     making.then,
                 )
                 rights = [
-                    retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update)
-                    .tokens.float()
-                    .mean()
+                    retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update).tokens.float().mean()
                     for batch in batches.values()
                 ]
                 choice.right = float(sum(rights)) / len(rights)
