@@ -51,7 +51,7 @@ def methods(model, tokenizer) -> dict[str, DraftMethod]:
     heads = with_heads(decode.HeadCopying(), model, tokenizer)
     long = decode.HeadCopying(heads=heads.heads, tokens=LONG)
     return {
-        "CopySpec": decode.CopySpec(),
+        "CopySpec, 10 tokens": decode.CopySpec(tokens=10),
         "CopySpec, 24 tokens": decode.CopySpec(tokens=LONG),
         "CopySpec, 24 tokens, paced": decode.Paced(decode.CopySpec(tokens=LONG)),
         "copying by heads": heads,
@@ -75,7 +75,7 @@ def speed(requests: int, tokens: int, rounds: int, plan: str | None, only: list[
         loaded = Plan.load(plan)
         loaded.check(model)
         ways["plan"] = Way(treatments=loaded.treatments())
-        ways["plan + CopySpec"] = Way(decode.CopySpec(), treatments=loaded.treatments())
+        ways["plan + CopySpec"] = Way(decode.CopySpec(tokens=LONG), treatments=loaded.treatments())
     rows, began = [], os.getloadavg()[0]
     for kind, make in (("repeats", copying), ("open", open_ended)):
         found = compare(model, tokenizer, ways, make(tokenizer, requests), tokens=tokens, rounds=rounds)

@@ -21,12 +21,13 @@ class CopySpec(DraftMethod):
 
     Fields:
         gamma: tokens that must be the same; the paper uses 3 to 5. Fewer find more places and worse ones.
-        tokens: proposed at most. remember: runs in the index of a row.
+        tokens: proposed at most. Reading 24 costs little more than reading 10 (docs/bench.md).
+        remember: runs in the index of a row.
     """
 
     row: ClassVar[str] = "s009"
     gamma: int = 3
-    tokens: int = 10
+    tokens: int = 24
     remember: int = 1_000_000
 
     def __post_init__(self) -> None:
