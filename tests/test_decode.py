@@ -456,7 +456,7 @@ def test_a_drafter_of_another_model_is_told(draft: Draft, sentence: str) -> None
 def test_bad_requests_are_answered_in_sentences() -> None:
     model, ids = FAMILIES["llama"].build(), torch.tensor([[4, 5, 6]])
     copy = D.CopySpec()
-    with pytest.raises(ValueError, match="gamma is 0, tokens 10"):
+    with pytest.raises(ValueError, match="gamma is 0, tokens 24"):
         D.CopySpec(gamma=0)
     with pytest.raises(ValueError, match="longest is 0"):
         D.PromptLookup(longest=0)
