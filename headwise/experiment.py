@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 from headwise.comparison import Comparison, Condition, compare
 from headwise.growth import Grown, grown_heads
 from headwise.method import Method
-from headwise.training import Watch
+from headwise.training import Training, Watch
+
+# The shape of a small GPT-2, at which papers train on functions in context.
+GPT2 = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024}
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,17 @@ class Experiment(Method):
             }
             for one in found.time_to(metric, **{side: bound})
         ]
+
+
+def in_context(steps: int, full: bool) -> Training:
+    """How functions are learned in context: at the rate of the papers' GPT-2, or at one that suits minutes."""
+    return Training(
+        steps=steps,
+        batch=64 if full else 32,
+        lr=1e-4 if full else 2e-3,
+        warmup=100,
+        decay="cosine",
+        clip=1.0,
+        measure_every=500,
+        rows=256,
+    )

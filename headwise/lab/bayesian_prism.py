@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from headwise.comparison import Condition
 from headwise.data import FourierSeries, MixedRegression
-from headwise.experiment import Experiment
+from headwise.experiment import GPT2, Experiment, in_context
 from headwise.tiny import TinyConfig
-from headwise.training import Training
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,8 @@ class BayesianPrism(Experiment):
             "low frequencies": FourierSeries(**waves),
             "high frequencies": FourierSeries(rising=True, **waves),
         }
-        shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024} if self.full else {}
-        training = Training(
-            steps=500_000 if self.full else 5000,
-            batch=64 if self.full else 32,
-            lr=1e-4 if self.full else 2e-3,
-            warmup=100,
-            decay="cosine",
-            clip=1.0,
-            measure_every=500,
-            rows=256,
-        )
+        shape = GPT2 if self.full else {}
+        training = in_context(500_000 if self.full else 5000, self.full)
         shorter = {} if self.full else {"two hills": 3000, "low frequencies": 1200, "high frequencies": 1800}
         return {
             name: Condition(

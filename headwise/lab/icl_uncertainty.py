@@ -9,9 +9,8 @@ from typing import ClassVar
 
 from headwise.comparison import Condition
 from headwise.data import UncertainRegression
-from headwise.experiment import Experiment
+from headwise.experiment import GPT2, Experiment, in_context
 from headwise.tiny import TinyConfig
-from headwise.training import Training
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,8 @@ class ICLUncertainty(Experiment):
     def conditions(self) -> dict[str, Condition]:
         """New weights in every prompt, or weights from a pool."""
         size = {"dim": 8, "length": 100, "apart": True} if self.full else {"length": self.length}
-        shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024, "act": "gelu"} if self.full else {}
-        training = Training(
-            steps=200_000 if self.full else 6000,
-            batch=64 if self.full else 32,
-            lr=1e-4 if self.full else 2e-3,
-            warmup=100,
-            decay="cosine",
-            clip=1.0,
-            measure_every=500,
-            rows=256,
-        )
+        shape = GPT2 | {"act": "gelu"} if self.full else {}
+        training = in_context(200_000 if self.full else 6000, self.full)
         lessons = {
             "endless tasks": UncertainRegression(**size),
             f"{self.pool} tasks": UncertainRegression(tasks=self.pool, **size),

@@ -10,9 +10,8 @@ from typing import ClassVar
 
 from headwise.comparison import Condition
 from headwise.data import RepresentedRegression
-from headwise.experiment import Experiment
+from headwise.experiment import GPT2, Experiment, in_context
 from headwise.tiny import Tiny, TinyConfig
-from headwise.training import Training
 
 
 def upper(model: Tiny, first: int, input_size: int, seed: int = 0) -> Tiny:
@@ -58,17 +57,8 @@ class RepresentedICL(Experiment):
         """One representation, or two that prompts do not name."""
         size = {"dim": 20, "width": 20, "length": 41, "apart": True} if self.full else {}
         size = {"width": self.width, "length": self.length} | size
-        shape = {"layers": 12, "heads": 8, "width": 256, "mlp": 1024} if self.full else {}
-        training = Training(
-            steps=300_000 if self.full else 5000,
-            batch=64 if self.full else 32,
-            lr=1e-4 if self.full else 2e-3,
-            warmup=100,
-            decay="cosine",
-            clip=1.0,
-            measure_every=500,
-            rows=256,
-        )
+        shape = GPT2 if self.full else {}
+        training = in_context(300_000 if self.full else 5000, self.full)
         lessons = {
             "one representation": RepresentedRegression(**size),
             "two representations": RepresentedRegression(maps=2, **size),
