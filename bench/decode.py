@@ -1,8 +1,10 @@
 """Decoding with drafts side by side on the default model: seconds, tokens a pass, and identical tokens.
 
-python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--plan FILE] [--only NAME ...]
+python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--only NAME ...]
     answers that repeat a text and answers that do not: plain greedy, transformers' prompt lookup, CopySpec, copying by
-    heads, and with a plan the plan alone and plan + CopySpec; contestants in turns in one process
+    heads; contestants in turns in one process
+python bench/decode.py plan --plan FILE [--requests 50] [--tokens 64] [--rounds 5]
+    answers that repeat a text: the plan alone, plan + CopySpec, plain greedy, and CopySpec by itself
 python bench/decode.py batch [--requests 48] [--rows 4]
     the same, requests padded on the left in batches, against plain greedy of the same batches and row by row
 python bench/decode.py same [--prompts 200] [--tokens 64] [--others 20]
@@ -34,7 +36,7 @@ from headwise.plan import Plan
 from headwise.task import pad_left
 from headwise.verifying import DraftMethod
 
-LONG = 24
+SHORT = 10
 CACHES = {
     "DynamicCache": None,
     "preallocated": Preallocated(),
@@ -49,14 +51,14 @@ CACHES = {
 def methods(model, tokenizer) -> dict[str, DraftMethod]:
     """The drafters of this project that need no training."""
     heads = with_heads(decode.HeadCopying(), model, tokenizer)
-    long = decode.HeadCopying(heads=heads.heads, tokens=LONG)
+    long = decode.HeadCopying(heads=heads.heads, tokens=decode.CopySpec().tokens)
     return {
-        "CopySpec, 10 tokens": decode.CopySpec(tokens=10),
-        "CopySpec, 24 tokens": decode.CopySpec(tokens=LONG),
-        "CopySpec, 24 tokens, paced": decode.Paced(decode.CopySpec(tokens=LONG)),
+        "CopySpec": decode.CopySpec(),
+        f"CopySpec, {SHORT} tokens": decode.CopySpec(tokens=SHORT),
+        "CopySpec, paced": decode.Paced(decode.CopySpec()),
         "copying by heads": heads,
         "copying by heads, paced": decode.Paced(long),
-        "CopySpec, else heads, paced": decode.Paced(decode.Either(decode.CopySpec(tokens=LONG), long)),
+        "CopySpec, else heads, paced": decode.Paced(decode.Either(decode.CopySpec(), long)),
         "prompt lookup, our loop": decode.PromptLookup(),
     }
 
@@ -66,40 +68,56 @@ def about(**how) -> dict:
     return {"machine": machine.facts(), "versions": race.particulars_of_ours(), "how": how}
 
 
-def speed(requests: int, tokens: int, rounds: int, plan: str | None, only: list[str]) -> None:
-    """One row at a time."""
-    model, tokenizer = open_model()
-    drafts = {name: one for name, one in methods(model, tokenizer).items() if not only or name in only}
-    ways = {**usual(), **{name: Way(method) for name, method in drafts.items()}}
-    if plan is not None:
-        loaded = Plan.load(plan)
-        loaded.check(model)
-        ways["plan"] = Way(treatments=loaded.treatments())
-        ways["plan + CopySpec"] = Way(decode.CopySpec(tokens=LONG), treatments=loaded.treatments())
+def timed(name: str, model, tokenizer, ways: dict[str, Way], rounds: int, tokens: int, sizes, parts: dict) -> None:
+    """Every way on every part, in batches of each size; saved after each."""
     rows, began = [], os.getloadavg()[0]
-    for kind, make in (("repeats", copying), ("open", open_ended)):
-        found = compare(model, tokenizer, ways, make(tokenizer, requests), tokens=tokens, rounds=rounds)
-        rows += [{"kind": kind, **asdict(one), "tokens_per_second": one.tokens_per_second} for one in found]
-        load = [round(began, 1), round(os.getloadavg()[0], 1)]
-        race.save("decode_speed", {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
-
-
-def batch(requests: int, tokens: int, rounds: int, together: int) -> None:
-    """Batches padded on the left; and the same requests one at a time."""
-    model, tokenizer = open_model()
-    chosen = {name: one for name, one in methods(model, tokenizer).items() if name.startswith("CopySpec")}
-    ways = {"greedy": Way(), **{name: Way(method) for name, method in chosen.items()}}
-    rows, began = [], os.getloadavg()[0]
-    for kind, make in (("repeats", copying), ("open", open_ended)):
-        for size in (together, 1):
-            found = compare(model, tokenizer, ways, make(tokenizer, requests), tokens=tokens, rounds=rounds, rows=size)
+    for kind, requests in parts.items():
+        for size in sizes:
+            found = compare(model, tokenizer, ways, requests, tokens=tokens, rounds=rounds, rows=size)
             rows += [{"kind": kind, **asdict(one), "tokens_per_second": one.tokens_per_second} for one in found]
             load = [round(began, 1), round(os.getloadavg()[0], 1)]
-            race.save("decode_batch", {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
+            race.save(name, {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
 
 
-def same(prompts: int, tokens: int, others: int) -> None:
+def both(tokenizer, requests: int) -> dict:
+    """Requests whose answers repeat a text, and requests whose answers do not."""
+    return {"repeats": copying(tokenizer, requests), "open": open_ended(tokenizer, requests)}
+
+
+def speed(given) -> None:
+    """One row at a time."""
+    model, tokenizer = open_model()
+    drafts = {name: one for name, one in methods(model, tokenizer).items() if not given.only or name in given.only}
+    ways = {**usual(), **{name: Way(method) for name, method in drafts.items()}}
+    timed("decode_speed", model, tokenizer, ways, given.rounds, given.tokens, (1,), both(tokenizer, given.requests))
+
+
+def with_plan(given) -> None:
+    """What drafts add to a plan. The plan alone is first, as plan + CopySpec has to give its texts."""
+    model, tokenizer = open_model()
+    plan = Plan.load(given.plan)
+    plan.check(model)
+    ways = {
+        "plan": Way(treatments=plan.treatments()),
+        "plan + CopySpec": Way(decode.CopySpec(), treatments=plan.treatments()),
+        "greedy": Way(),
+        "CopySpec": Way(decode.CopySpec()),
+    }
+    parts = {"repeats": copying(tokenizer, given.requests)}
+    timed("decode_plan", model, tokenizer, ways, given.rounds, given.tokens, (1,), parts)
+
+
+def batch(given) -> None:
+    """Batches padded on the left; and the same requests one at a time."""
+    model, tokenizer = open_model()
+    ways = {"greedy": Way(), "CopySpec": Way(decode.CopySpec())}
+    sizes, parts = (given.rows, 1), both(tokenizer, given.requests)
+    timed("decode_batch", model, tokenizer, ways, given.rounds, given.tokens, sizes, parts)
+
+
+def same(given) -> None:
     """How many texts are identical, for each drafter, cache and batch."""
+    prompts, tokens, others = given.prompts, given.tokens, given.others
     model, tokenizer = open_model()
     drafts, rows = methods(model, tokenizer), []
     for cache, treatment in CACHES.items():
@@ -130,23 +148,21 @@ def same(prompts: int, tokens: int, others: int) -> None:
 
 
 def main() -> None:
+    jobs = {"speed": speed, "plan": with_plan, "batch": batch, "same": same}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("speed", "batch", "same"))
+    parser.add_argument("job", choices=jobs)
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--others", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--plan")
+    parser.add_argument("--plan", help="plan: the file of an accepted plan")
     parser.add_argument("--only", nargs="*", default=[], help="speed: drafters by their names in `methods`")
     given = parser.parse_args()
-    if given.job == "speed":
-        speed(given.requests, given.tokens, given.rounds, given.plan, given.only)
-    elif given.job == "batch":
-        batch(given.requests, given.tokens, given.rounds, given.rows)
-    else:
-        same(given.prompts, given.tokens, given.others)
+    if given.job == "plan" and not given.plan:
+        parser.error("plan needs --plan FILE.")
+    jobs[given.job](given)
 
 
 if __name__ == "__main__":
