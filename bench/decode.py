@@ -7,9 +7,6 @@ python bench/decode.py plan --plan FILE [--requests 50] [--tokens 64] [--rounds 
     answers that repeat a text: the plan alone, plan + CopySpec, plain greedy, and CopySpec by itself
 python bench/decode.py batch [--requests 48] [--rows 4]
     the same, requests padded on the left in batches, against plain greedy of the same batches and row by row
-python bench/decode.py same [--prompts 200] [--tokens 64] [--others 20]
-    tokens of each drafter against plain greedy, in float32: --prompts through transformers' own cache, and --others
-    through each cache of this project, alone and in batches of 4
 Results go to bench/results/decode_*.json; docs/bench.md is made from them by bench/report.py.
 """
 
@@ -19,33 +16,14 @@ from dataclasses import asdict
 
 import machine
 import race
-import torch
 
 from headwise import decode, open_model
-from headwise.attach import treated
-from headwise.cache.adakv import AdaKV
-from headwise.cache.duo import Duo
-from headwise.cache.pages import Pages
-from headwise.cache.preallocated import Preallocated
-from headwise.cache.snapkv import SnapKV
-from headwise.cache.streaming import Streaming
-from headwise.data.layout import pad_id
 from headwise.data.requests import copying, open_ended
 from headwise.decoding import Way, compare, usual, with_heads
 from headwise.plan import Plan
-from headwise.task import pad_left
 from headwise.verifying import DraftMethod
 
 SHORT = 10
-CACHES = {
-    "DynamicCache": None,
-    "preallocated": Preallocated(),
-    "duo": Duo(sink=16, recent=64),
-    "streaming": Streaming(sink=16, recent=128),
-    "snapkv": SnapKV(window=32, capacity=96),
-    "adakv": AdaKV(window=32, capacity=96),
-    "pages": Pages(budget=128, page=16, piece=8),
-}
 
 
 def methods(model, tokenizer) -> dict[str, DraftMethod]:
@@ -115,45 +93,11 @@ def batch(given) -> None:
     timed("decode_batch", model, tokenizer, ways, given.rounds, given.tokens, sizes, parts)
 
 
-def same(given) -> None:
-    """How many texts are identical, for each drafter, cache and batch."""
-    prompts, tokens, others = given.prompts, given.tokens, given.others
-    model, tokenizer = open_model()
-    drafts, rows = methods(model, tokenizer), []
-    for cache, treatment in CACHES.items():
-        n = prompts if treatment is None else others
-        asked = [
-            one for pair in zip(copying(tokenizer, n, 1), open_ended(tokenizer, n, 1), strict=True) for one in pair
-        ]
-        for size in (1, 4):
-            identical = dict.fromkeys(drafts, 0)
-            chosen = asked[:n] if size == 1 else asked[: 4 * max(1, min(n, others) // 4)]
-            for start in range(0, len(chosen), size):
-                ids, mask = pad_left([one.ids for one in chosen[start : start + size]], pad_id(tokenizer))
-                how = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
-                with treated(model, treatment):
-                    plain = model.generate(ids, **how)
-                    for name, method in drafts.items():
-                        ours = method.generate(model, ids, **how).ids
-                        identical[name] += (
-                            sum(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
-                            if ours.shape == plain.shape
-                            else 0
-                        )
-            rows += [
-                {"cache": cache, "batch": size, "drafter": name, "texts": len(chosen), "identical": count}
-                for name, count in identical.items()
-            ]
-            race.save("decode_same", {**about(tokens=tokens), "rows": rows})
-
-
 def main() -> None:
-    jobs = {"speed": speed, "plan": with_plan, "batch": batch, "same": same}
+    jobs = {"speed": speed, "plan": with_plan, "batch": batch}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--requests", type=int, default=50)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--others", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
