@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import tempfile
 import time
@@ -121,19 +120,13 @@ def race(prompts: int, rounds: int, envs: Path) -> None:
                     env={**os.environ, **quiet}, capture_output=True, text=True, check=False,
                 )  # fmt: skip
                 if done.returncode:
-                    found["rows"].append({"job": job, "name": name, "failed": last_words(done.stderr)})
+                    found["rows"].append({"job": job, "name": name, "failed": racing.last_words(done.stderr)})
                 else:
                     row = json.loads(Path(out).read_text())
                     kept = faithful(parts, row.pop("scores"), clean, corrupt)
                     found["rows"].append({"job": job, "name": name, **row, **kept, "load": os.getloadavg()[0]})
                 # What is done is kept, should a later contestant be stopped.
                 racing.save("circuits_race", {**found, "machine": machine.facts(), "versions": versions(envs)})
-
-
-def last_words(text: str) -> str:
-    """The last line that a worker wrote, files by their names alone: folders of a machine stay on it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"(?<![:/\w])(?:/[\w.~+@-]+)+/", "", lines[-1] if lines else "it said nothing")
 
 
 def faithful(parts, scores: dict[str, float], clean: np.ndarray, corrupt: np.ndarray) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -118,6 +119,12 @@ def save(name: str, found: dict) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"when": time.strftime("%Y-%m-%d %H:%M"), **found}, indent=1) + "\n")
     print(f"wrote bench/results/{path.name}", file=sys.stderr)
+
+
+def last_words(text: str) -> str:
+    """The last line that a worker wrote, files by their names alone: folders of a machine stay on it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"(?<![:/\w])(?:/[\w.~+@-]+)+/", "", lines[-1] if lines else "it said nothing")
 
 
 def particulars_of_ours() -> dict[str, str]:

@@ -24,6 +24,7 @@ def drafts(load: Callable[[str], dict | None], circumstances: Circumstances) -> 
         "plan": _plan,
         "drafts": _trained,
         "same": _same,
+        "exact": _exact,
     }
     found = {name: load(f"decode_{name}") for name in parts}
     made = [write(found[name], circumstances) for name, write in parts.items() if found[name] is not None]
@@ -108,6 +109,14 @@ def _plan(found: dict, circumstances: Circumstances) -> str:
 
 
 def _same(found: dict, circumstances: Circumstances) -> str:
+    return _identical(found, circumstances, "Identical texts")
+
+
+def _exact(found: dict, circumstances: Circumstances) -> str:
+    return _identical(found, circumstances, "Identical texts of a small writer, with every drafter and cache")
+
+
+def _identical(found: dict, circumstances: Circumstances, title: str) -> str:
     lines = ["| cache | batch | texts | identical, by drafter |", "| --- | --- | --- | --- |"]
     groups: dict[tuple, list[dict]] = {}
     for row in found["rows"]:
@@ -125,7 +134,7 @@ def _same(found: dict, circumstances: Circumstances) -> str:
         f"Texts of {found['how']['tokens']} tokens with drafts beside plain greedy generation through the same cache: "
         f"{right} of {whole} are identical in every token."
     )
-    return "\n\n".join(["### Identical texts", text, "\n".join(lines), circumstances(found)])
+    return "\n\n".join([f"### {title}", text, "\n".join(lines), circumstances(found)])
 
 
 def _peers(found: dict, circumstances: Circumstances) -> str:
