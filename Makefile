@@ -69,8 +69,9 @@ format: $(VENV)/.dev
 unit: $(VENV)/.dev web/node_modules/.stamp model
 	@$(PYTEST) $(ARGS)
 
+# Every replication at its default size among them: hours. Files are shared out test by test, as one file has them all.
 test-slow: $(VENV)/.dev web/node_modules/.stamp model
-	@$(PYTEST) -m slow $(ARGS)
+	@$(PYTEST) -m slow --dist worksteal $(ARGS)
 
 web: web/node_modules/.stamp
 	@cd web && npm run --silent build
@@ -87,7 +88,8 @@ docs: $(VENV)/.installed
 docs-check: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py --check
 
-# Side by side with the peers, in environments of their own; about an hour on a quiet machine of two cores.
+# Reading, scans and the map beside the peers, in environments of their own; about an hour on a quiet machine of two
+# cores. Caches, drafts, circuits and planted models: see the first lines of their files in bench/.
 bench: $(VENV)/.dev model
 	@$(BIN)/python bench/read_sites.py
 	@$(BIN)/python bench/ablation_scan.py sample

@@ -22,10 +22,11 @@ NAMES = {
 }
 LAST = "Exact ablation scan, the answer in the last column"
 INTRODUCTION = """
-Written by `python bench/report.py` from `bench/results/`; `make bench` runs all of it. Contestants are processes of
-their own that run in turn, one at a time, so that the machine's moods hit all alike. Seconds and ratios are medians;
-a ratio is taken within a round. *Processor seconds* count only the time that a process was given: where others shared
-the machine, they are the figure to trust, and goals are judged by them.
+Written by `python bench/report.py` from `bench/results/`. Each part is a file of `bench/`, whose first lines say how it
+is run; `make bench` runs those of reading, scans, the screen and the map. Contestants are processes of their own that
+run in turn, one at a time, so that the machine's moods hit all alike. Seconds and ratios are medians; a ratio is taken
+within a round. *Processor seconds* count only the time that a process was given: where others shared the machine, they
+are the figure to trust, and goals are judged by them.
 """.strip()
 NOTES = """
 ## What was tried for the scan
