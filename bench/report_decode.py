@@ -191,25 +191,27 @@ def _against(rows: list[dict]) -> list[str]:
 
 def _trained(found: dict, circumstances: Circumstances) -> str:
     lines = [
-        "| heads | weights | training, minutes of processor time | right, 2 to 5 tokens ahead | tokens a pass "
-        "| accepted | same text |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| heads | weights | training, minutes | right, 2 to 5 tokens ahead | tokens a pass | accepted | same text "
+        "| faster than greedy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found["rows"]:
         right = ", ".join(f"{share:.0%}" for share in row["right"])
+        minutes = "-" if row["cpu"] is None else f"{row['cpu'] / 60:.1f}"
         lines.append(
-            f"| {row['name']} | {row['weights']:,} | {row['cpu'] / 60:.1f} | {right} | {row['per_pass']:.2f} | "
-            f"{row['acceptance']:.0%} | {row['same']:.0%} |"
+            f"| {row['name']} | {row['weights']:,} | {minutes} | {right} | {row['per_pass']:.2f} | "
+            f"{row['acceptance']:.0%} | {row['same']:.0%} | {row['faster']:.2f} |"
         )
     how, gain = found["how"], found["gain"]
     intro = (
-        f"`headwise draft train default` with each method and the same options: {how['texts']} texts of "
-        f"{how['tokens']} tokens that the model wrote itself, {how['steps']} steps of {how['rows']} texts. Then both "
-        f"draft greedy text after {found['prompts']} prompts with which no training text began, "
-        f"{how['new']} tokens each."
+        f"The default model writes {how['texts']} texts of {how['tokens']} tokens ({found['writing'] / 60:.1f} "
+        "minutes), and `headwise draft train default` learns from them with each method: "
+        f"{how['steps']} steps of {how['rows']} texts. Then both draft greedy text after {found['prompts']} prompts "
+        f"with which none of these began, {how['new']} tokens each. Minutes and speed are those of processor time."
     )
     said = (
         f"{least('Goal, Hydra at least 1.1 times the tokens a pass of Medusa', gain, 1.1)} "
         f"p = {found['p']:.2g} (paired, over prompts)."
     )
-    return "\n\n".join(["### Heads trained for the default model", intro, "\n".join(lines), said, circumstances(found)])
+    parts = ["### Heads trained for the default model", intro, "\n".join(lines), said, _about(found, circumstances)]
+    return "\n\n".join(parts)
