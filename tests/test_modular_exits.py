@@ -1,6 +1,8 @@
 """Exits of an encoder that are trained together: what the loss says, what an exit gives, and what training leaves."""
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 from headwise.data.documented import documented
 from headwise.lab import ModularExits
+from headwise.replicate import runs
 from headwise.replicate.modular_exits import ModularExits as Exits
 
 PAIRS = [(f"w{n} w{n + 1} w{n + 2}", f"w{n + 60} w{n + 61}") for n in range(2, 42)]
@@ -104,7 +107,25 @@ def test_outcomes_follow_the_checks():
         "untuned": {2: 20.0, 4: 30.0, 6: 60.0},
         "together": {2: 50.0, 4: 60.0, 6: 69.5},
         **{f"{number} alone": {number: value} for number, value in ((2, 48.0), (4, 60.0), (6, 70.0))},
+        "time": {2: 40.0, 4: 70.0, 6: 100.0},
     }
     assert Exits()._judge(found, 9, 9, "x").outcome == "holds"
     assert Exits()._judge(found | {"6 alone": {6: 75.0}}, 9, 9, "x").outcome == "partly"
+    slow = Exits()._judge(found | {"time": {2: 46.0, 4: 70.0, 6: 100.0}}, 9, 9, "x")
+    assert slow.outcome == "partly" and "2 layers take at most 45% of the processor time of 6" in slow.measured
     assert Exits()._judge(found | {"2 alone": {2: 51.0}}, 9, 9, "x").outcome == "fails"
+
+
+def test_time_is_a_share_of_that_of_the_whole(monkeypatch):
+    asked, clock = [], iter(range(10**6))
+
+    def work(size):
+        asked.append(size)
+        for _ in range(size):
+            next(clock)
+
+    monkeypatch.setattr(runs, "time", SimpleNamespace(process_time=lambda: next(clock)))
+    shares = runs.shares_of_time({size: partial(work, size) for size in (9, 19, 39)}, 39)
+    assert shares == {9: 0.25, 19: 0.5, 39: 1.0}
+    # One round is for warming up, and another way begins each round.
+    assert len(asked) == 3 * 8 and set(asked[::3]) == {9, 19, 39}

@@ -1,4 +1,9 @@
-"""Runs that several replications need: answer rates, loss on neutral text, short answers behind long contexts."""
+"""Runs that several replications need: answer rates, loss on neutral text, short answers behind long contexts, time."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +33,27 @@ def streams(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     with tap(model, *sites) as taken:
         answers(model, batch, rows=len(batch))
     return [taken[site][:, batch.at[0]] for site in sites]
+
+
+Name = TypeVar("Name")
+
+
+def shares_of_time(ways: Mapping[Name, Callable[[], object]], whole: Name, rounds: int = 7) -> dict[Name, float]:
+    """Processor time of each way over that of the way `whole`: the median over rounds, in which the ways take turns.
+
+    A round before the first is for warming up; another way begins each round.
+    """
+    order, spent = list(ways), {name: [] for name in ways}
+    for turn in range(-1, rounds):
+        for place in range(len(order)):
+            name = order[(turn + place) % len(order)]
+            began = time.process_time()
+            ways[name]()
+            if turn >= 0:
+                spent[name].append(time.process_time() - began)
+    return {
+        name: statistics.median(a / b for a, b in zip(each, spent[whole], strict=True)) for name, each in spent.items()
+    }
 
 
 def line(values: list[float]) -> str:
