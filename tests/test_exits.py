@@ -318,6 +318,15 @@ def test_an_encoder_that_stops_gives_what_reading_all_layers_gives():
     torch.testing.assert_close(said, logits[torch.arange(16), at])
 
 
+def test_ponder_nets_own_chances_know_one_state_alone():
+    torch.manual_seed(0)
+    now, before, other = torch.randn(3, 4, 16)
+    alone, both = PonderHeads(16, 3, deep=False), PonderHeads(16, 3)
+    assert torch.equal(alone.chance(now, before), alone.chance(now, other))
+    assert not torch.equal(both.chance(now, before), both.chance(now, other))
+    assert sum(p.numel() for p in alone.ponder.parameters()) == 17
+
+
 def test_palbert_refuses_what_is_no_chance():
     with pytest.raises(ValueError, match="quantile is 1.0 and prior 0.3"):
         PALBERT(quantile=1.0)
@@ -328,13 +337,18 @@ def test_palbert_refuses_what_is_no_chance():
 
 def test_outcomes_follow_the_checks():
     lost = {"2 of 30": {"even": 0.1, "late": 1.0, "middle": 0.2, "early": 2.0}}
-    assert LayerSkipping()._judge(lost, 2.0, 0.01, 100.0, 1.0, 8).outcome == "holds"
+    kept = (100.0, 1.0)
+    assert LayerSkipping()._judge(lost, 2.0, 0.01, kept, {1.5: 1.36}, 8).outcome == "holds"
+    slow = LayerSkipping()._judge(lost, 2.0, 0.01, kept, {1.5: 1.34}, 8)
+    assert slow.outcome == "partly" and "1.34 times less where 1.50 was asked for" in slow.measured
     lost["2 of 30"]["middle"] = 0.05
-    assert LayerSkipping()._judge(lost, 2.0, 0.01, 100.0, 1.0, 8).outcome == "fails"
+    assert LayerSkipping()._judge(lost, 2.0, 0.01, kept, {1.5: 1.36}, 8).outcome == "fails"
     layers = [40.0, 60.0, 80.0, 90.0, 90.0, 90.0]
     found = {"last": 90.0, "q-exit": 89.8, "drawn": 80.0, "spread": 1.0, "layers": 3.0, "rank": 0.6}
+    found |= {"ponder net": 80.0, "ponder net, last": 85.0, "ponder net, layers": 3.5}
     assert PonderExit()._judge(found, [1, 2, 3], layers, True, 9).outcome == "holds"
-    assert PonderExit()._judge(found | {"drawn": 89.5}, [1, 2, 3], layers, True, 9).outcome == "fails"
+    assert PonderExit()._judge(found | {"ponder net": 89.5}, [1, 2, 3], layers, True, 9).outcome == "fails"
+    assert PonderExit()._judge(found | {"drawn": 89.5}, [1, 2, 3], layers, True, 9).outcome == "partly"
     assert PonderExit()._judge(found, [1, 2, 3], layers, False, 9).outcome == "partly"
     assert PonderExit()._judge(found, [1, 2, 3], [90.0] * 6, True, 9).outcome == "partly"
     one = {"accuracy": 99.0, "encoder saved": 0.4, "decoder saved": 0.4}

@@ -88,15 +88,17 @@ class PALBERT(Method):
 class PonderHeads(nn.Module):
     """What reads the first token's state after each layer: the answer, and the chance to stop.
 
-    The chance is read by three layers from the state and the one before it, as in the paper.
+    Args:
+        width: of the state. classes: of the answer.
+        deep: three layers read the chance from the state and the one before it, as in the paper; else one layer reads
+            it from the state alone, as PonderNet does.
     """
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, deep: bool = True) -> None:
         super().__init__()
-        self.answer = nn.Linear(width, classes)
-        self.ponder = nn.Sequential(
-            nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
-        )
+        self.answer, self.deep = nn.Linear(width, classes), deep
+        first = (nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()) if deep else ()
+        self.ponder = nn.Sequential(*first, nn.Linear(width, 1))
 
     def classify(self, states: Tensor) -> Tensor:
         """First tokens' states [..., D] -> logits [..., C]."""
@@ -104,7 +106,7 @@ class PonderHeads(nn.Module):
 
     def chance(self, now: Tensor, before: Tensor) -> Tensor:
         """First tokens' states after a layer and after the one before it, [B, D] each -> lambda [B]."""
-        return self.ponder(torch.cat([now, before], -1))[..., 0].sigmoid()
+        return self.ponder(torch.cat([now, before], -1) if self.deep else now)[..., 0].sigmoid()
 
     def forward(self, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """`hidden_states` of an encoder, the embedding first -> lambdas [B, L], logits [B, L, C]."""
