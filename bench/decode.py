@@ -1,8 +1,8 @@
 """Decoding with drafts side by side on the default model: seconds, tokens a pass, and identical tokens.
 
-python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--only NAME ...]
+python bench/decode.py speed [--requests 50] [--tokens 64] [--rounds 5] [--only NAME ...] [--packed]
     answers that repeat a text and answers that do not: plain greedy, transformers' prompt lookup, CopySpec, copying by
-    heads; contestants in turns in one process
+    heads; contestants in turns in one process; with --packed each once more with packed weights
 python bench/decode.py plan --plan FILE [--requests 50] [--tokens 64] [--rounds 5]
     answers that repeat a text: the plan alone, plan + CopySpec, plain greedy, and CopySpec by itself
 python bench/decode.py batch [--requests 48] [--rows 4]
@@ -12,18 +12,21 @@ Results go to bench/results/decode_*.json; docs/bench.md is made from them by be
 
 import argparse
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import machine
 import race
+import torch
 
 from headwise import decode, open_model
 from headwise.data.requests import copying, open_ended
 from headwise.decoding import Way, compare, usual, with_heads
+from headwise.packing import Packed
 from headwise.plan import Plan
 from headwise.verifying import DraftMethod
 
 SHORT = 10
+SEED = 1  # drafters were tuned on the requests of seed 0
 
 
 def methods(model, tokenizer) -> dict[str, DraftMethod]:
@@ -32,6 +35,7 @@ def methods(model, tokenizer) -> dict[str, DraftMethod]:
     long = decode.HeadCopying(heads=heads.heads, tokens=decode.CopySpec().tokens)
     return {
         "CopySpec": decode.CopySpec(),
+        "CopySpec, the paper's rule": decode.CopySpec(near=0),
         f"CopySpec, {SHORT} tokens": decode.CopySpec(tokens=SHORT),
         "CopySpec, paced": decode.Paced(decode.CopySpec()),
         "copying by heads": heads,
@@ -54,12 +58,14 @@ def timed(name: str, model, tokenizer, ways: dict[str, Way], rounds: int, tokens
             found = compare(model, tokenizer, ways, requests, tokens=tokens, rounds=rounds, rows=size)
             rows += [{"kind": kind, **asdict(one), "tokens_per_second": one.tokens_per_second} for one in found]
             load = [round(began, 1), round(os.getloadavg()[0], 1)]
-            race.save(name, {**about(tokens=tokens, rounds=rounds, load=load), "rows": rows})
+            race.save(
+                name, {**about(tokens=tokens, rounds=rounds, load=load, threads=torch.get_num_threads()), "rows": rows}
+            )
 
 
 def both(tokenizer, requests: int) -> dict:
     """Requests whose answers repeat a text, and requests whose answers do not."""
-    return {"repeats": copying(tokenizer, requests), "open": open_ended(tokenizer, requests)}
+    return {"repeats": copying(tokenizer, requests, SEED), "open": open_ended(tokenizer, requests, SEED)}
 
 
 def speed(given) -> None:
@@ -67,6 +73,9 @@ def speed(given) -> None:
     model, tokenizer = open_model()
     drafts = {name: one for name, one in methods(model, tokenizer).items() if not given.only or name in given.only}
     ways = {**usual(), **{name: Way(method) for name, method in drafts.items()}}
+    if given.packed:
+        packed = Packed(model)
+        ways |= {f"{name}, packed": replace(way, packed=packed) for name, way in ways.items()}
     timed("decode_speed", model, tokenizer, ways, given.rounds, given.tokens, (1,), both(tokenizer, given.requests))
 
 
@@ -81,7 +90,7 @@ def with_plan(given) -> None:
         "greedy": Way(),
         "CopySpec": Way(decode.CopySpec()),
     }
-    parts = {"repeats": copying(tokenizer, given.requests)}
+    parts = {"repeats": copying(tokenizer, given.requests, SEED)}
     timed("decode_plan", model, tokenizer, ways, given.rounds, given.tokens, (1,), parts)
 
 
@@ -103,6 +112,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--plan", help="plan: the file of an accepted plan")
     parser.add_argument("--only", nargs="*", default=[], help="speed: drafters by their names in `methods`")
+    parser.add_argument("--packed", action="store_true", help="speed: each contestant once more, with packed weights")
     given = parser.parse_args()
     if given.job == "plan" and not given.plan:
         parser.error("plan needs --plan FILE.")

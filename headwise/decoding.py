@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from headwise.drafting import Stats
 from headwise.heads.induction import Induction
 from headwise.kv_cache import CacheMethod
 from headwise.method import load
+from headwise.packing import Packed
 from headwise.progress import hidden
 from headwise.task import pad_left
 from headwise.verifying import DraftMethod
@@ -46,11 +47,13 @@ class Way:
         method: drafts; None generates as transformers does, with its own `options`.
         options: further options of `model.generate`, such as prompt_lookup_num_tokens.
         treatments: what KV heads keep, as of a plan; None leaves the cache as it is.
+        packed: weights laid out for products of a few tokens, to multiply by; None uses the model's own.
     """
 
     method: DraftMethod | None = None
     options: Mapping[str, Any] | None = None
     treatments: "CacheMethod | Mapping[str, CacheMethod] | None" = None
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class _Made:
 def _generate(model: "PreTrainedModel", way: Way, ids: Tensor, mask: Tensor, tokens: int) -> _Made:
     options = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False, **(way.options or {})}
     stats = None
-    with treated(model, way.treatments), _passes(model) as passes:
+    with treated(model, way.treatments), way.packed or nullcontext(), _passes(model) as passes:
         start = _clock(model)
         if way.method is None:
             found = model.generate(ids, **options)

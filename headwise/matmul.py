@@ -94,7 +94,7 @@ def fast_matmul(model: PreTrainedModel, dtype: str = "float32") -> Iterator[Prod
     changed: list[nn.Module] = []
     try:
         for module in model.modules():
-            if _plain(module) and (dtype == "bfloat16" or (type(module) is nn.Linear and offered(module.weight))):
+            if plain(module) and (dtype == "bfloat16" or (type(module) is nn.Linear and offered(module.weight))):
                 module.forward = products.forward(module, _exact(module))
                 changed.append(module)
         yield products
@@ -119,7 +119,7 @@ def _version(value: Tensor) -> int:
     return 0 if value.is_inference() else value._version
 
 
-def _plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> bool:
     """A linear layer as the library ships it, in float32: not quantised, wrapped or already taken over."""
     if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
         return False

@@ -44,7 +44,7 @@ class CopySpecReplication(Replication):
         """Tokens a pass and identical texts, with prompt lookup and copying by heads beside CopySpec."""
         model, tokenizer = open_model("default")
         n = 40 if self.full else 12
-        method = CopySpec(gamma=self.gamma, tokens=10)
+        method = CopySpec(gamma=self.gamma, tokens=10, near=0)
         asking = with_heads(HeadCopying(), model, tokenizer)
         ways = {
             "greedy": Way(),
