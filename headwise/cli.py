@@ -126,7 +126,7 @@ def map_command(
 ) -> None:
     """Find out what every head does, prove it, and write an atlas and a report. A second run goes on from the first."""
     with sentences():
-        from headwise.method import find
+        from headwise.method import find, find_task
 
         cards = [find(name) for name in methods or []]
         wrong = [card.name for card in cards if card.room != "heads"]
@@ -137,7 +137,7 @@ def map_command(
                 raise ValueError(
                     "--task goes with methods, such as: headwise map default heads.induction --task induction"
                 )
-            _task_card(task)
+            find_task(task)
         tell(f"Opening {model} ...")
         opened, tokenizer = _open(model, dtype, device)
         folder = out or Path("atlas") / _folder(model, opened)
@@ -293,15 +293,6 @@ def _map(model: "PreTrainedModel", tokenizer: Any, folder: Path, thorough: bool,
     return atlas
 
 
-def _task_card(name: str) -> Any:
-    from headwise.method import find
-
-    card = find(name if "." in name else f"data.{name}")
-    if card.room != "data":
-        raise ValueError(f"{card.name} is not a task. `headwise ls data` lists the tasks.")
-    return card
-
-
 def _score(
     model: "PreTrainedModel",
     tokenizer: Any,
@@ -317,7 +308,7 @@ def _score(
     """
     from headwise.atlas import Atlas
     from headwise.mapping import PICTURES, fit_pictures
-    from headwise.method import load
+    from headwise.method import find_task, load
     from headwise.score import provenance
 
     atlas = Atlas.of(model, folder, tokenizer)
@@ -327,7 +318,7 @@ def _score(
         wanted = task or method.needs
         batch = None
         if wanted:
-            card = _task_card(PICTURES if task is None and model.main_input_name == "pixel_values" else wanted)
+            card = find_task(PICTURES if task is None and model.main_input_name == "pixel_values" else wanted)
             _check_task(model, tokenizer, name, card.name.split(".")[1], method.evidence)
             maker: Any = load(card.name)()
             batch = maker.make(tokenizer, n, seed).to(model.device)

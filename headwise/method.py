@@ -149,6 +149,18 @@ def find(name: str) -> Card:
     raise ValueError(f"There is no method {name!r}.{_nearest(name, [c.name for c in cards])} `headwise ls` shows all.")
 
 
+def find_task(name: str) -> Card:
+    """The card of a task of the data room, by its name with or without the room.
+
+    Raises:
+        ValueError: no method has that name, or it is not a task.
+    """
+    card = find(name if "." in name else f"data.{name}")
+    if card.room != "data":
+        raise ValueError(f"{card.name} is not a task. `headwise ls data` lists the tasks.")
+    return card
+
+
 def load(name: str) -> type[Method]:
     """Import and return the class of a method."""
     card = find(name)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from headwise.edges import Part, after_output, before_input
-from headwise.graph import CircuitMethod, Graph
+from headwise.graph import Graph
 from headwise.listen import listen
+from headwise.method import Method
 from headwise.paths import SIDES, Paths, Taken
 from headwise.scan import skipping
 from headwise.site import Site
@@ -126,7 +127,7 @@ def _points(value: Callable[[Tensor], Tensor], steps: int, rows: int, device: to
     return at
 
 
-def attributed(method: CircuitMethod, parts: list[Paths], batch: Batch, found: list[Tensor]) -> Graph:
+def attributed(method: Method, parts: list[Paths], batch: Batch, found: list[Tensor]) -> Graph:
     """The graph of all edges, each with the estimated loss of the metric when it is patched."""
     where = parts[0].exists
     values = torch.cat([-one.permute(1, 2, 0)[where.to(one.device)] for one in found], 1)

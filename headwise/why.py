@@ -18,7 +18,7 @@ from headwise.data.layout import encode, ordinary_ids, pad_id, shared_start, sta
 from headwise.graph import Graph
 from headwise.method import Method
 from headwise.models import name_of
-from headwise.paths import prepare
+from headwise.paths import Paths, prepare
 from headwise.score import provenance
 from headwise.slopes import attributed, followed, mean_slopes
 from headwise.task import Batch, Metric, answer_logits, logit_diff, sequence_logprob
@@ -86,18 +86,11 @@ class Reason:
 
     def data(self) -> dict[str, Any]:
         """The contract of `headwise why --json`."""
-        worth = self.worth
-        rows = self.graph.table.sort(self.graph.table["weight"].abs(), descending=True).iter_rows(named=True)
-        edges = [{key: row[key] for key in ("source", "target", "weight")} for row in rows]
-        kept = ("clean", "corrupt", "faithfulness", "left", "explains", "p", "losses")
         return {
             **{k: getattr(self, k) for k in ("prompt", "answer", "instead", "tokens", "contrast", "how", "metric")},
-            **{key: getattr(worth, key) for key in kept},
-            "says": f"{worth.sentence()} {self.tested()}",
+            **told(self.worth, self.graph),
+            "says": f"{self.worth.sentence()} {self.tested()}",
             "unseen": self.unseen and {"prompts": self.unseen[0], "faithfulness": self.unseen[1]},
-            "of": worth.of,
-            "nodes": self.graph.nodes,
-            "edges": edges,
             "about": self.about,
         }
 
@@ -145,8 +138,6 @@ class Why(Method):
         batch, measure = question.batch(others), question.metric
         metric_name = "logit difference" if question.single else "log-probability ratio"
         parts = prepare(model, batch, measure, len(batch), tokens=True)
-        first = parts[0].edges.parts[0].number
-        clean, corrupt = parts[0].own.resid[first], parts[0].other.resid[first]
         appraisal = Appraisal(target=self.target, draws=self.draws, halves=0, nodes=12, largest=True, seed=self.seed)
         own, rest = gap(parts)
         if own.mean() <= 0:
@@ -159,17 +150,14 @@ class Why(Method):
                 f"With random tokens for all that matters in the prompt the {metric_name} is still {rest.mean():.3g} "
                 f"of {own.mean():.3g}: the model prefers {answer!r} anyway. Give a contrast, or other answers."
             )
-        ranked = attributed(self, parts, batch, [mean_slopes(parts[0], ("embed", 0), clean, corrupt, self.steps)])
-        graph, _ = smallest(parts, ranked, self.target, spare=8)
-        # EAP-IG ranks well, but a weight of it can be many times the whole difference where attention turns sharply.
-        graph = attributed(self, parts, batch, [followed(parts[0], self.steps)]) & graph
+        graph = weighed(self, parts, batch, explaining(self, parts, batch, self.target, self.steps)[0], self.steps)
         about = {**provenance(self, model, batch), "model": name_of(model)}
         return Reason(
             prompt=prompt,
             answer=answer,
             instead=instead,
             tokens=[tokenizer.decode([i]) for i in question.ids],
-            contrast=[tokenizer.decode(ids) for ids in others],
+            contrast=[question.said(ids) for ids in others],
             how=how,
             metric=metric_name,
             graph=replace(graph, name="why", about=about),
@@ -231,6 +219,32 @@ class Why(Method):
         return rows
 
 
+def explaining(method: Method, parts: list[Paths], batch: Batch, target: float, steps: int) -> tuple[Graph, float]:
+    """The smallest graph of edges ranked by EAP-IG that does `target` of the behaviour alone, and the share it does."""
+    first = parts[0].edges.parts[0].number
+    ranks = [mean_slopes(one, ("embed", 0), one.own.resid[first], one.other.resid[first], steps) for one in parts]
+    return smallest(parts, attributed(method, parts, batch, ranks), target, spare=8)
+
+
+def weighed(method: Method, parts: list[Paths], batch: Batch, graph: Graph, steps: int) -> Graph:
+    """The graph with the weights that its edges have on these prompts: what each passes on (conductance).
+
+    EAP-IG ranks well, but a weight of it can be many times the whole difference where attention turns sharply.
+    """
+    return attributed(method, parts, batch, [followed(one, steps) for one in parts]) & graph
+
+
+def told(worth: Worth, graph: Graph) -> dict[str, Any]:
+    """What `headwise why --json` says of any graph: its worth, its nodes, and its edges, the largest first."""
+    rows = graph.table.sort(graph.table["weight"].abs(), descending=True).iter_rows(named=True)
+    kept = ("clean", "corrupt", "faithfulness", "left", "explains", "p", "losses", "of")
+    return {
+        **{key: getattr(worth, key) for key in kept},
+        "nodes": graph.nodes,
+        "edges": [{key: row[key] for key in ("source", "target", "weight")} for row in rows],
+    }
+
+
 @dataclass(frozen=True)
 class _Question:
     """A prompt with two ways to go on, as token ids."""
@@ -287,6 +301,11 @@ class _Question:
         if ids == self.ids:
             raise ValueError("The contrast is the prompt itself; change what the answer should depend on.")
         return ids
+
+    def said(self, ids: list[int]) -> str:
+        """A contrast in words, as `given` takes it: without the start token and what both answers begin with."""
+        start = len(start_ids(self.tokenizer))
+        return self.tokenizer.decode(ids[start : start + len(encode(self.tokenizer, self.prompt))])
 
     def exchanged(self) -> list[list[int]]:
         """The prompt with answer and foil exchanged, where it names them; nothing where that changes its length."""

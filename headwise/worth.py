@@ -158,8 +158,8 @@ class Appraisal(Method):
         """As `measure`, on prompts that are prepared already."""
         if not len(graph):
             raise ValueError("A graph without edges has no worth to measure.")
-        if 0 < self.draws < 19:
-            raise ValueError(f"{self.draws} random circuits cannot show p < 0.05; draw at least 19, or 0 for no test.")
+        if 0 < self.draws < 20:
+            raise ValueError(f"{self.draws} random circuits cannot show p < 0.05; draw at least 20, or 0 for no test.")
         clean, corrupt = gap(parts)
         draw = random.Random(f"worth {self.seed}")
         nodes = [node for node in graph.nodes if node != "logits"]

@@ -31,7 +31,7 @@ def ask(planted, *words, **fields):
 
 
 def test_the_planted_reason_is_found(planted):
-    reason = ask(planted, PROMPT, "Mary", "John", draws=19)
+    reason = ask(planted, PROMPT, "Mary", "John", draws=20)
     at = {role: unit for unit, role in planted.truth.items()}
     assert reason.how == "exchanged" and "John and Mary" in reason.contrast[0]
     assert reason.metric == "logit difference" and reason.worth.clean > 10 > -10 > reason.worth.corrupt
@@ -49,6 +49,8 @@ def test_your_own_contrast(planted):
     other = PROMPT.replace("John gave", "Paul gave")
     reason = ask(planted, PROMPT, "Mary", "John", other)
     assert reason.how == "given" and "Paul gave" in reason.contrast[0]
+    again = ask(planted, PROMPT, "Mary", "John", reason.contrast[0])
+    assert again.batch.corrupt["input_ids"].equal(reason.batch.corrupt["input_ids"])
     assert reason.unseen is None and "on the prompt that chose the graph" in reason.tested()
     assert reason.worth.faithfulness > 0.8
 
@@ -106,7 +108,7 @@ def test_a_preference_that_hangs_on_no_word_is_a_sentence(planted, monkeypatch):
 
 
 def test_bad_fields_are_sentences(planted):
-    with pytest.raises(ValueError, match="cannot show p < 0.05; draw at least 19"):
+    with pytest.raises(ValueError, match="cannot show p < 0.05; draw at least 20"):
         ask(planted, PROMPT, "Mary", "John", draws=5)
     with pytest.raises(ValueError, match="not 1.2"):
         ask(planted, PROMPT, "Mary", "John", target=1.2)

@@ -49,7 +49,7 @@ def test_half_a_circuit_does_not_explain(planted):
     made, task, must = planted
     batch = task.make(made.tokenizer, 2, 1)
     graph = EapIg().find(made.model, batch)
-    worth = Appraisal(draws=19, halves=0).measure(made.model, batch, graph.only(sorted(must)[:2]))
+    worth = Appraisal(draws=20, halves=0).measure(made.model, batch, graph.only(sorted(must)[:2]))
     assert not worth.explains and abs(worth.faithfulness) < 0.01
     assert "do not explain the behaviour: alone it does" in worth.sentence()
     assert len(worth.reasons) == 3 and "as well (p = 1)" in worth.sentence()

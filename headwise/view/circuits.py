@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 MOST = 2000
 QUESTION = (
-    "prompt", "answer", "instead", "contrast", "how", "metric", "clean", "corrupt", "faithfulness", "low", "high",
-    "left", "explains", "says", "p", "losses", "of", "unseen",
+    "prompt", "answer", "instead", "contrast", "how", "task", "prompts", "chosen", "metric", "clean", "corrupt",
+    "faithfulness", "low", "high", "left", "explains", "says", "p", "losses", "of", "unseen",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def _graph(name: str, graph: Graph, source: str) -> dict[str, Any]:
     writers = {row["source"] for row in rows}
     return {
         "name": name,
-        "title": f"{asked['answer']}, not {asked['instead']}" if asked else f"{graph.name}, {_task(graph)}",
+        "title": _title(graph, asked),
         "evidence": graph.evidence,
         "edges_in_all": len(graph),
         "question": plain({key: asked[key] for key in QUESTION if key in asked}) if asked else None,
@@ -67,9 +67,12 @@ def _graph(name: str, graph: Graph, source: str) -> dict[str, Any]:
     }
 
 
-def _task(graph: Graph) -> str:
-    task = graph.about.get("task") or {}
-    return str(task.get("task", "prompts of one's own")).removeprefix("data.").replace("_", " ")
+def _title(graph: Graph, asked: dict[str, Any]) -> str:
+    if "answer" in asked:
+        return f"{asked['answer']}, not {asked['instead']}"
+    task = str((graph.about.get("task") or {}).get("task", "prompts of one's own")).removeprefix("data.")
+    name = task.replace("_", " ")
+    return f"{name}, the whole task" if asked else f"{graph.name}, {name}"
 
 
 def _node(place: str, tokens: list[str]) -> dict[str, Any]:
@@ -95,8 +98,10 @@ def _into(graph: Graph, target: str, writers: set[str]) -> list[str]:
 def _opened(graph: Graph, source: str) -> str:
     model = source or str(graph.about.get("model", DEFAULT))
     named = "default" if model == DEFAULT else model
+    dtype = str(graph.about.get("dtype", "float32"))
+    kind = "" if dtype == "float32" else f", dtype={dtype!r}"
     note = "" if source or named == "default" else "  # its hub id or folder"
-    return f"model, tokenizer = open_model({named!r}){note}".replace("'", '"')
+    return f"model, tokenizer = open_model({named!r}{kind}){note}".replace("'", '"')
 
 
 def _code(graph: Graph, asked: dict[str, Any], source: str) -> str:
@@ -104,32 +109,26 @@ def _code(graph: Graph, asked: dict[str, Any], source: str) -> str:
     method, task = graph.about.get("method"), graph.about.get("task")
     if not isinstance(method, dict) or "name" not in method:
         return ""
-    if asked:
-        fields = ", ".join(f"{key}={value!r}" for key, value in (method.get("fields") or {}).items())
-        words = ", ".join(repr(asked[key]) for key in ("prompt", "answer", "instead"))
-        given = f", contrast={asked['contrast'][0]!r}" if asked.get("how") == "given" else ""
-        return "\n".join(
-            [
-                "from headwise.models import open_model",
-                "from headwise.why import Why",
-                "",
-                _opened(graph, source),
-                f"reason = Why({fields}).ask(model, tokenizer, {words}{given})",
-                "graph, worth = reason.graph, reason.worth",
-            ]
-        )
+    opened, fields = ["from headwise.models import open_model", "", _opened(graph, source)], method.get("fields") or {}
+    found = "graph, worth = reason.graph, reason.worth"
+    if "answer" in asked:
+        words = [repr(asked[key]) for key in ("prompt", "answer", "instead")]
+        words += [f"contrast={asked['contrast'][0]!r}"] if asked.get("how") == "given" else []
+        call = f"reason = Why({_given(fields)}).ask(model, tokenizer, {', '.join(words)})"
+        return "\n".join([opened[0], "from headwise.why import Why", *opened[1:], call, found])
     if not isinstance(task, dict) or not str(task.get("task", "")).startswith("data."):
         return ""
-    return "\n".join(
-        [
-            "from headwise.method import load",
-            "from headwise.models import open_model",
-            "",
-            _opened(graph, source),
-            batch_code(task),
-            f"graph = {call_code(method['name'], method.get('fields') or {})}.find(model, batch)",
-        ]
-    )
+    opened = ["from headwise.method import load", *opened]
+    if asked:
+        words = f"{call_code(task['task'], task)}, n={task.get('n', 16)}"
+        call = f"reason = WhyTask({_given(fields)}).ask(model, tokenizer, {words})"
+        return "\n".join([*opened[:2], "from headwise.why_task import WhyTask", *opened[2:], call, found])
+    call = f"graph = {call_code(method['name'], fields)}.find(model, batch)"
+    return "\n".join([*opened, batch_code(task), call])
+
+
+def _given(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in fields.items())
 
 
 def _exact(graph: Graph, asked: dict[str, Any]) -> str:
@@ -137,6 +136,6 @@ def _exact(graph: Graph, asked: dict[str, Any]) -> str:
     tokens = any(re.match(r"embed@", source) for source, _ in graph.edges)
     if asked and asked.get("metric") != "logit difference":
         return ""
-    batch = "reason.batch" if asked else "batch"
+    batch = ("reason.batch" if "answer" in asked else "reason.held") if asked else "batch"
     call = f"PathPatching(senders=(SOURCE,), receivers=(TARGET,), tokens={tokens}).find(model, {batch})"
     return f"from headwise.circuits import PathPatching\n\nexact = {call}\nprint(exact[SOURCE, TARGET])"

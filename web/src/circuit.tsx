@@ -5,7 +5,7 @@ import { amount, codeFor, countOf, edgeOf, edgeSentence, gapOf, graphOf, keyOf, 
 import type { Circuit, CircuitEdge, CircuitNode, Question } from "./data";
 import { Choice, Copy } from "./small";
 import type { State } from "./state";
-import { number, percent, rows } from "./words";
+import { number, percent, rows, title } from "./words";
 
 export function CircuitPanel({ state, empty }: { state: State; empty?: string }) {
   const held = state.data.circuits;
@@ -79,14 +79,14 @@ function Threshold({ state, graph, count }: { state: State; graph: Circuit; coun
 
 function Asked({ asked }: { asked: Question }) {
   const how: Record<string, string> = { given: "a contrast that was given", exchanged: "the two exchanged in the prompt", random: "random tokens where it matters most" };
+  const contrast = asked.task === undefined ? `${how[asked.how ?? ""] ?? asked.how}: ${asked.contrast?.[0] ?? ""}` : `corrupt prompts; ${asked.prompts?.[1] ?? 0} prompts that had no say in choosing the graph`;
   return (
     <>
-      <p class="hw-sentence">{asked.prompt} <b>{asked.answer}</b>, not {asked.instead}</p>
-      <p class="hw-small hw-quiet">
-        {asked.metric} {number(asked.clean)}; {number(asked.corrupt)} with {how[asked.how] ?? asked.how}: {asked.contrast[0]}
-      </p>
+      {asked.task === undefined
+        ? <p class="hw-sentence">{asked.prompt} <b>{asked.answer}</b>, not {asked.instead}</p>
+        : <p class="hw-sentence"><b>{title(asked.task)}</b>, the whole task</p>}
+      <p class="hw-small hw-quiet">{asked.metric} {number(asked.clean)}; {number(asked.corrupt)} with {contrast}</p>
       <p class={`hw-verdict-line ${asked.explains ? "hw-passed" : "hw-failed"}`}>{asked.says}</p>
-      {asked.unseen && <p class="hw-small hw-quiet">On {asked.unseen.prompts}, which had no say in choosing it, it carries {percent(asked.unseen.faithfulness)}.</p>}
     </>
   );
 }

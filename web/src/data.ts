@@ -119,11 +119,16 @@ export interface CircuitEdge {
 
 /** What `headwise why` was asked, and what it measured of its graph. */
 export interface Question {
-  prompt: string;
-  answer: string;
-  instead: string;
-  contrast: string[];
-  how: string;
+  /** Of one prompt. */
+  prompt?: string;
+  answer?: string;
+  instead?: string;
+  contrast?: string[];
+  how?: string;
+  /** Of a whole task: its name, how many prompts chose the graph and how many measured it. */
+  task?: string;
+  prompts?: [number, number];
+  chosen?: number;
   metric: string;
   clean: number;
   corrupt: number;

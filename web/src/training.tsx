@@ -105,6 +105,7 @@ function Lines({ held, curves, label, height, lit, onOver, onPick }: {
     const phase = marked(curves);
     const strongest = [...curves].sort((a, b) => Math.abs(last(b) ?? 0) - Math.abs(last(a) ?? 0)).slice(0, 4);
     const named = curves.length > 1 ? curves.filter((curve) => strongest.includes(curve) || curve.unit === lit) : [];
+    const inks = new Map(curves.map((curve) => [curve.unit, ink(curve.unit, curves)]));
     const figure = Plot.plot({
       width,
       height,
@@ -117,7 +118,7 @@ function Lines({ held, curves, label, height, lit, onOver, onPick }: {
       marks: [
         Plot.rectX(spans, { x1: "from", x2: "to", fill: "var(--hw-attend)", fillOpacity: 0.25 }),
         ...(phase ? [Plot.rectX([phase], { x1: (d) => d[0], x2: (d) => d[1], fill: "var(--hw-accent)", fillOpacity: 0.14 }), Plot.ruleX(phase, { stroke: "var(--hw-accent)", strokeDasharray: "3 3" })] : []),
-        Plot.line(points, { x: "step", y: "value", z: "unit", stroke: (d) => ink(d.unit, curves.length), strokeOpacity: (d) => (!lit || d.unit === lit || curves.length === 1 ? 1 : 0.55), strokeWidth: 1.6 }),
+        Plot.line(points, { x: "step", y: "value", z: "unit", stroke: (d) => inks.get(d.unit)!, strokeOpacity: (d) => (!lit || d.unit === lit || curves.length === 1 ? 1 : 0.55), strokeWidth: 1.6 }),
         Plot.line(points.filter((one) => one.unit === lit), { x: "step", y: "value", stroke: "var(--hw-text)", strokeWidth: 3 }),
         Plot.text(apart(named, height), { x: () => held.steps[1], y: "y", text: "unit", textAnchor: "start", dx: 5, fill: "var(--hw-text)", stroke: "var(--hw-panel)", strokeWidth: 3 }),
       ],
@@ -143,11 +144,15 @@ function Lines({ held, curves, label, height, lit, onOver, onPick }: {
   return <div class="hw-curves" ref={box} onMouseMove={(event) => onOver(nearest(event))} onMouseLeave={() => onOver("")} onClick={(event) => onPick(nearest(event))} />;
 }
 
-/** Later layers are further along the colour map. */
-function ink(unit: string, many: number): string {
-  if (many === 1) return "var(--hw-text)";
-  const layer = Number(/L(\d+)/.exec(unit)?.[1] ?? 0);
-  return `rgb(${sequential(0.35 + 0.65 * Math.min(1, layer / 6)).map(Math.round).join(" ")})`;
+const layerOf = (unit: string) => Number(/L(\d+)/.exec(unit)?.[1] ?? 0);
+
+/** Later layers are further along the colour map, the last one that has a line at its end. */
+function ink(unit: string, curves: Curve[]): string {
+  if (curves.length === 1) return "var(--hw-text)";
+  const layers = curves.map((curve) => layerOf(curve.unit));
+  const low = Math.min(...layers);
+  const share = (layerOf(unit) - low) / Math.max(1, Math.max(...layers) - low);
+  return `rgb(${sequential(0.35 + 0.65 * share).map(Math.round).join(" ")})`;
 }
 
 /** Names at the ends of lines, moved so that none lies on another. */
