@@ -49,6 +49,7 @@ FIELDS |= {"heads.duo_gate": {"steps": 3, "recent": 4, "sink": 1}, "heads.need":
 # What must be refused, with a word of the sentence.
 ANSWERS = (
     "name_mover", "memory_or_context", "value_scaling", "topic", "anti_overconfidence", "retrieval", "duo_gate", "need",
+    "direct_attribution",
 )  # fmt: skip
 TOKENS = (
     "duplicate_token", "induction", "echo", "razor_induction", "select_and_copy", "select_and_copy_attention",
@@ -75,7 +76,7 @@ def refusal(method: str, kind: str) -> str | None:
     name = method.removeprefix("heads.")
     if name == "emergence":
         return "two checkpoints"
-    if name == "back_patching" and kind in ("bert", "t5", "vit"):
+    if name in ("back_patching", "activation_patching") and kind in ("bert", "t5", "vit"):
         return "next token|encoder-decoder"
     if kind == "vit":
         if name in ANSWERS:
