@@ -147,7 +147,7 @@ def _identical(found: dict, circumstances: Circumstances, title: str) -> str:
 
 def _peers(found: dict, circumstances: Circumstances) -> str:
     parts, how = [], found["how"]
-    who = {name: _who(name, have) for name, have in found["versions"].items()}
+    who = {name: _who(name, have) for name, have in found["versions"].items()} | {OURS: "**headwise**"}
     for kind, words in KINDS.items():
         rows = [row for row in found["rows"] if row["kind"] == kind]
         if not rows:
@@ -179,7 +179,7 @@ def _peers(found: dict, circumstances: Circumstances) -> str:
 def _who(name: str, have: dict[str, str]) -> str:
     """A contestant with its version and transformers'."""
     peer = name.removesuffix("_older")
-    return f"{peer} {have[peer]}, transformers {have['transformers']}" if peer in have else "**headwise**"
+    return f"{peer} {have.get(peer, '')}, transformers {have['transformers']}"
 
 
 def _against(rows: list[dict]) -> list[str]:
