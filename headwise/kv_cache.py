@@ -43,10 +43,15 @@ class CacheMethod(Method):
 
 @dataclass
 class _Part:
-    """The KV heads of one layer that are treated alike."""
+    """The KV heads of one layer that are treated alike.
+
+    Attributes:
+        kv: their numbers, as a slice where they are evenly spaced, so that taking them copies nothing.
+        heads: the numbers of their query heads.
+    """
 
     method: CacheMethod
-    kv: Tensor
+    kv: "slice | Tensor"
     heads: Tensor
     store: Store
 
@@ -81,12 +86,13 @@ class KVLayer(CacheLayerMixin):
 
     def _make_parts(self, groups: int, device: torch.device) -> None:
         for method in dict.fromkeys(self.methods):
-            kv = torch.tensor([i for i, one in enumerate(self.methods) if one == method], device=device)
+            numbers = [i for i, one in enumerate(self.methods) if one == method]
+            kv = torch.tensor(numbers, device=device)
             heads = (kv[:, None] * groups + torch.arange(groups, device=device)).flatten()
             store = method.store(self.reserve)
             if self.record_past:
                 store.record()
-            self.parts.append(_Part(method, kv, heads, store))
+            self.parts.append(_Part(method, _evenly(numbers) or kv, heads, store))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor]:
         """Take the new keys and values [B, H, Q, d] until this layer's attention runs; they come back as they are."""
@@ -123,11 +129,13 @@ class KVLayer(CacheLayerMixin):
         self.tokens += length
         if len(self.parts) == 1:
             return self.parts[0].store.attend(q, k, v, turn).transpose(1, 2).contiguous()
-        z = q.new_empty(batch, length, heads, v.shape[-1])
+        shape = (k.shape[1], heads // k.shape[1])
+        grouped, z = q.unflatten(1, shape), q.new_empty(batch, length, *shape, v.shape[-1])
         for part in self.parts:
-            mine = [one.index_select(1, index) for one, index in ((q, part.heads), (k, part.kv), (v, part.kv))]
-            z[:, :, part.heads] = part.store.attend(*mine, turn.of_heads(part.heads)).transpose(1, 2)
-        return z
+            mine = (grouped[:, part.kv].flatten(1, 2), k[:, part.kv], v[:, part.kv])
+            found = part.store.attend(*mine, turn.of_heads(part.heads))
+            z[:, :, part.kv] = found.transpose(1, 2).unflatten(2, (-1, shape[1]))
+        return z.flatten(2, 3)
 
     def take(self, keys: Tensor, values: Tensor, groups: int) -> None:
         """Remember the first tokens of a text whose attention was computed elsewhere: [B, H, T, d], without padding."""
@@ -138,7 +146,7 @@ class KVLayer(CacheLayerMixin):
         self.lazy_initialization(keys, values)
         self._make_parts(groups, keys.device)
         for part in self.parts:
-            part.store.remember(keys.index_select(1, part.kv), values.index_select(1, part.kv), Turn(0))
+            part.store.remember(keys[:, part.kv], values[:, part.kv], Turn(0))
         self.tokens = keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -186,14 +194,14 @@ class KVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
         for part in self.parts:
-            part.store.pick(indices.to(part.kv.device))
+            part.store.pick(indices.to(part.heads.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         for part in self.parts:
             first = next(part.store.tensors(), None)
             if first is not None:
-                part.store.pick(torch.arange(first.shape[0], device=part.kv.device).repeat_interleave(repeats))
+                part.store.pick(torch.arange(first.shape[0], device=part.heads.device).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Hold nothing."""
@@ -306,6 +314,13 @@ class _Everything(CacheMethod):
 
 
 _EVERYTHING = _Everything()
+
+
+def _evenly(numbers: list[int]) -> slice | None:
+    """The slice that takes ascending numbers, or None where they are not evenly spaced."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    run = range(numbers[0], numbers[-1] + 1, step)
+    return slice(run.start, run.stop, run.step) if list(run) == numbers else None
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:

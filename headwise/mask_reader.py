@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headwise.store import Turn
+from headwise.store import Turn, portions
 
 
 @dataclass
@@ -40,9 +40,13 @@ def _read_mask(mask: Tensor, past: int, length: int, rows: int) -> "tuple[Tensor
     pads = torch.where(last.any(-1), last.int().argmax(-1), past + length)
     turn = Turn(past, pads)
     columns = torch.arange(past + length, device=mask.device)
-    expected = turn.seen(columns[past:], columns)
-    # Rows of padding may see anything or nothing; nobody reads what comes of them.
-    real = (columns[past:] >= pads[:, None])[:, None, :, None]
-    if bool(((mask[:, :1] == expected) | ~real).all()) and mask.shape[1] == 1:
+    queries = columns[past:]
+
+    def usual(here: slice) -> bool:
+        # Rows of padding may see anything or nothing; nobody reads what comes of them.
+        padding = (queries[here] < pads[:, None])[:, None, :, None]
+        return bool(((mask[:, :, here] == turn.seen(queries[here], columns)) | padding).all())
+
+    if mask.shape[1] == 1 and all(usual(here) for here in portions(length, mask.device)):
         return (pads.expand(rows) if bool(pads.any()) else None), None
     return None, mask

@@ -131,7 +131,7 @@ class Plan:
         return sum(kept[name] for name in self.heads.values()) / max(1, len(self.heads))
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises ValueError unless the plan is for this very model."""
+        """Raises ValueError unless the plan is for this very model and names only heads that it has."""
         layout = layout_of(model)
         if dict(self.layout) != layout:
             raise ValueError(
@@ -143,6 +143,7 @@ class Plan:
                 f"This plan was made for {self.model} with weights {self.fingerprint}; {name_of(model)} has weights "
                 f"{mine}. Make a plan for it: headwise plan MODEL."
             )
+        KVCache(model, self.treatments())
 
     def attach(self, model: PreTrainedModel, *, force: bool = False) -> None:
         """From now on plain `model.generate(...)` uses the plan; `detach` gives the model back.

@@ -141,7 +141,10 @@ def bytes_of(cache: "Cache") -> int:
     """Bytes of the memory behind a cache's tensors, each piece counted once."""
     if isinstance(cache, KVCache):
         return cache.bytes()
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    values = [value for layer in cache.layers for value in vars(layer).values()]
+    # Where keys are written in few bits, a tuple holds them and their scale.
+    held = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    tensors = [one for one in held if isinstance(one, Tensor)]
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 

@@ -49,12 +49,12 @@ class Ring(Store):
             self.k, self.v = (one.new_zeros(*one.shape[:2], room, one.shape[3]) for one in (k, v))
         kept = min(k.shape[2], self.recent)
         end = turn.past + k.shape[2]
-        slots = torch.arange(end - kept, end, device=k.device) % self.recent + self.sink
         for room, new in ((self.k, k), (self.v, v)):
             self._fill_sinks(room, new, turn)
             if kept == 1:
                 room[:, :, (end - 1) % self.recent + self.sink] = new[:, :, -1]
             else:
+                slots = torch.arange(end - kept, end, device=k.device) % self.recent + self.sink
                 room[:, :, slots] = new[:, :, -kept:]
 
     def _fill_sinks(self, room: Tensor, new: Tensor, turn: Turn) -> None:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from headwise import pieces
 from headwise.attend import attend_openly
 from headwise.rotary import Rotate
 
 GROWTH = 1.25
+# Queries whose mask is made at one time on a processor.
+PORTION = 256
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,21 @@ def mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, turn: Turn, *, cau
         q = q.reshape(batch, -1, groups * length, size)
         seen = None if seen is None else seen.repeat(1, 1, groups, 1)
     elif groups > 1:
-        k, v = (one.repeat_interleave(groups, 1) for one in (k, v))
         seen = seen.repeat_interleave(groups, 1) if seen is not None and seen.shape[1] > 1 else seen
-    z = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=turn.scale)
+        if q.device.type != "cpu":
+            # Only the kernel of processors takes grouped heads and a mask; others would make all scores.
+            k, v = (one.repeat_interleave(groups, 1) for one in (k, v))
+    if seen is None and q.shape[1] == k.shape[1]:
+        z = pieces.read(q, k, v, turn.scale)
+    else:
+        z = scaled_dot_product_attention(q, k, v, seen, scale=turn.scale, enable_gqa=q.shape[1] > k.shape[1])
     return z.reshape(batch, heads, length, -1)
+
+
+def portions(length: int, device: torch.device) -> list[slice]:
+    """Queries whose masks are made one portion after the other: masks of a whole chunk may be larger than the cache."""
+    size = PORTION if device.type == "cpu" else max(1, length)
+    return [slice(start, min(length, start + size)) for start in range(0, length, size)]
 
 
 def _openly(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, turn: Turn, causal: bool) -> Tensor:
@@ -349,11 +363,15 @@ def mix_all(q: Tensor, k: Tensor, v: Tensor, buffer: Buffer, turn: Turn) -> Tens
             return mix(q, k, v, None, turn)
         if length == buffer.length:
             return mix(q, k, v, None, turn, causal=True)
-    seen = turn.mask
-    if seen is None:
-        keys = torch.arange(buffer.length, device=q.device)
-        seen = turn.seen(turn.columns(length, q.device), keys)
-    return mix(q, k, v, seen, turn)
+    if turn.mask is not None:
+        return mix(q, k, v, turn.mask, turn)
+    keys, queries = torch.arange(buffer.length, device=q.device), turn.columns(length, q.device)
+    parts = []
+    for here in portions(length, q.device):
+        upto = buffer.length - length + here.stop
+        seen = turn.seen(queries[here], keys[:upto])
+        parts.append(mix(q[:, :, here], k[:, :, :upto], v[:, :, :upto], seen, turn))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 class Full(Store):

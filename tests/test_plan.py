@@ -132,9 +132,43 @@ def test_bad_files(model, tmp_path):
         Plan.from_pretrained(tmp_path / "folder")
 
 
+def test_a_plan_goes_to_the_hub_and_comes_back(model, tmp_path, monkeypatch):
+    made = {}
+
+    class Hub:
+        def create_repo(self, name, *, private, exist_ok):
+            made[name] = (private, exist_ok)
+            return f"https://hub/{name}"
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
+            assert repo_id in made
+            (tmp_path / path_in_repo).write_bytes(path_or_fileobj)
+
+    def none(*_):
+        raise OSError("no such repository\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(tmp_path / file))
+    plan = _plan(model)
+    assert plan.push_to_hub("me/plan", private=True) == "https://hub/me/plan" and made == {"me/plan": (True, True)}
+    again = Plan.from_pretrained("me/plan")
+    assert again.data() == plan.data()
+    again.attach(model)
+    again.detach(model)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", none)
+    with pytest.raises(ValueError, match="and the hub gives none: no such repository$"):
+        Plan.from_pretrained("me/other")
+
+
 def test_heads_that_do_not_exist(model):
     with pytest.raises(ValueError, match=r"L0\.G99 is no KV head .* Did you mean"):
         Plan.of(model, {"full": Preallocated(), "stream": Duo()}, {"L0.G99": "stream"})
+    plan, name = _plan(model), model.config._attn_implementation
+    strange = Plan(**{**vars(plan), "heads": {**plan.heads, "L0.G99": "full"}})
+    for use in (strange.check, strange.attach, strange.new_cache):
+        with pytest.raises(ValueError, match=r"L0\.G99 is no KV head .* Did you mean"):
+            use(model)
+    assert not attached(model) and model.config._attn_implementation == name
     with pytest.raises(ValueError, match="the legend of this plan has full"):
         Plan.of(model, {"full": Preallocated()}, {"L0.G0": "stream"})
     with pytest.raises(ValueError, match="allowed is 0 to 1"):

@@ -96,7 +96,7 @@ class LServe(Replication):
         total = heads = 0
         for layer in cache.layers:
             for part in getattr(layer, "parts", []):
-                number = len(part.kv)
+                number = len(part.heads)
                 every = cache.get_seq_length()
                 one = part.store.read_tokens if isinstance(part.store, Paged) else every
                 one = min(every, self.sink + self.recent) if isinstance(part.method, Duo) else one

@@ -1,0 +1,53 @@
+"""A few queries over many keys on a processor, with the keys in pieces, so that every thread has the same work.
+
+PyTorch gives whole heads to its threads, so that three KV heads on two threads take as long as four, and one as long as
+two. Pieces of one head are read by several threads; what they give is weighed by the sums of their softmax.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Keys of a piece at least: as many as PyTorch's kernel reads at one time.
+LEAST = 512
+# From so many heads a thread on, none waits long for another.
+MANY = 4
+
+
+def read(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention over all keys: q [B, H, Q, d], k [B, H, K, d] and v [B, H, K, dv] -> z [B, H, Q, dv]."""
+    count = pieces(q, k, v, torch.get_num_threads())
+    return scaled_dot_product_attention(q, k, v, scale=scale) if count == 1 else read_in(count, q, k, v, scale)
+
+
+def pieces(q: Tensor, k: Tensor, v: Tensor, threads: int) -> int:
+    """In how many pieces keys are best read; 1 where all threads have as many heads, or where pieces cannot be had."""
+    heads = k.shape[0] * k.shape[1]
+    slopes = torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v))
+    if heads >= MANY * threads or q.device.type != "cpu" or slopes or q.shape[3] != v.shape[3]:
+        return 1
+    return max(1, min(threads // math.gcd(heads, threads), k.shape[2] // LEAST))
+
+
+def read_in(count: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """`read` with the keys in so many pieces of one length, and one more for the few that are left."""
+    batch, heads, keys, size = k.shape
+    each = keys // count
+    q = q.reshape(batch * heads, 1, -1, size)
+    found = [_sums(q.expand(-1, count, -1, -1), *(_cut(one, 0, count, each) for one in (k, v)), scale)]
+    if count * each < keys:
+        found.append(_sums(q, *(_cut(one, count * each, 1, keys - count * each) for one in (k, v)), scale))
+    z, logs = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return (z * logs.softmax(1)[..., None].to(z.dtype)).sum(1).view(batch, heads, -1, size)
+
+
+def _cut(x: Tensor, start: int, count: int, each: int) -> Tensor:
+    """[B, H, K, d] -> [B * H, count, each, d], a view where x lies in a buffer."""
+    return x[:, :, start : start + count * each].unflatten(2, (count, each)).flatten(0, 1)
+
+
+def _sums(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """What each piece gives, and the logarithm of the sum of its softmax."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
