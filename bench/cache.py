@@ -1,7 +1,7 @@
 """KV caches side by side on the default model: seconds, bytes, peaks, answers, and identical tokens.
 
 python bench/cache.py time [--lengths 2048 4096 8192]    decoding and prefill, contestants in turns in one process
-python bench/cache.py memory [--length 8192]             bytes of tensors and process peak, one process a contestant
+python bench/cache.py memory [--length 8192] [--runs 5]  bytes of tensors and process peak, one process a contestant
 python bench/cache.py same [--prompts 20]                tokens of the lossless cache against plain generate
 python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
 python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, kvpress
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import env
 import machine
 import race
 import torch
+from transformers import QuantizedCache
 
 from headwise import open_model, quality
 from headwise.attach import treated
@@ -35,10 +36,14 @@ from headwise.cache.duo import Duo
 from headwise.cache.preallocated import Preallocated
 from headwise.cache.quantised import Quantised
 from headwise.cache.snapkv import SnapKV
+from headwise.data.held_out import HeldOut
 from headwise.kv_cache import KVCache, kv_units
 from headwise.plan import Plan
 
 TOKENS, ROUNDS = 8, 7
+MEASURED = ("DynamicCache", "StaticCache", "all full", "50% full", "30% full")
+# Tokens of short prompts and of the texts by which kvpress chooses heads, and how many of these it samples.
+SHORT, TEXTS = 512, 50
 
 
 def half(model, share: float, seed: int = 0) -> dict:
@@ -53,6 +58,8 @@ def contestants(model, at: int) -> dict[str, Callable]:
     most = at + TOKENS * (ROUNDS + 1) + 1
     made: dict[str, Callable] = {"DynamicCache": dynamic(model), "StaticCache": static(model, most)}
     made["all full"] = lambda: KVCache(model, {}, most)
+    # What a step takes when attention has nothing to read: no cache can be faster.
+    made["one token"] = lambda: KVCache(model, dict.fromkeys(kv_units(model), Duo(0, 1)), most)
     for share in (0.5, 0.3):
         made[f"{share:.0%} full"] = lambda share=share: KVCache(model, half(model, share), most)
     return made
@@ -83,11 +90,11 @@ def timing(lengths: list[int], prefills: int) -> None:
         race.save("cache_time", {**about(), "rows": rows})
 
 
-def memory(length: int) -> None:
-    """Peak growth of a process that reads `length` tokens and decodes 64, one process a contestant, five times each."""
+def memory(length: int, runs: int, names: Sequence[str]) -> None:
+    """Peak growth of a process that reads `length` tokens and decodes 64, one process a contestant, in turns."""
     rows = []
-    for turn in range(5):
-        for name in ("DynamicCache", "StaticCache", "all full", "50% full", "30% full"):
+    for turn in range(runs):
+        for name in names:
             done = subprocess.run(
                 [sys.executable, __file__, "one", "--contestant", name, "--length", str(length)],
                 capture_output=True,
@@ -143,6 +150,8 @@ def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
         coded = {unit: Quantised(8, method) for unit, method in plan.treatments().items()}
         caches["plan, 8 bits"] = lambda: KVCache(model, coded, length)
         caches["full, 8 bits"] = lambda: KVCache(model, dict.fromkeys(units, Quantised(8)), length)
+    config = model.config.get_text_config(decoder=True)
+    caches["QuantizedCache, fp8"] = lambda: QuantizedCache("fp8", config)
     caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)), length)
     caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)), length)
     batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
@@ -159,10 +168,19 @@ def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
         }
         for name, one in found.items()
     ]
-    result = {**about(), "plan": plan.count(), "length": length, "rows": rows}
+    full = {SHORT: alone(model, tokenizer, thorough), length: found["full"].accuracy}
+    result = {**about(), "plan": plan.count(), "heads": plan.heads, "length": length, "full": full, "rows": rows}
     if kvpress:
         result["kvpress"] = in_kvpress(plan, tokenizer, batches, room / length)
+        result["read"] = {"texts": TEXTS, "tokens": SHORT}
     race.save("cache_quality", result)
+
+
+def alone(model, tokenizer, thorough: bool) -> dict[str, float]:
+    """{task: share of answers that the full cache gets right} on shorter prompts."""
+    batches = quality.prompts(tokenizer, SHORT, 7, quick=not thorough)
+    asked = {task: batches[task] for task in quality.RETRIEVAL}
+    return quality.compare(model, tokenizer, {"full": None}, SHORT, 7, given=asked)["full"].accuracy
 
 
 def parts_of(batch, row: int) -> list:
@@ -209,7 +227,8 @@ def in_kvpress(plan: Plan, tokenizer, batches: dict, share: float) -> dict:
         batch = batches[task]
         tasks[task] = [parts_of(batch, row) for row in range(len(batch))]
     full = [unit for unit, name in plan.heads.items() if name == "full"]
-    given = {"model": str(default_model_path()), "tasks": tasks, "full": full, "share": share}
+    texts = HeldOut(length=SHORT).make(tokenizer, TEXTS, seed=1).texts
+    given = {"model": str(default_model_path()), "tasks": tasks, "full": full, "share": share, "texts": texts}
     with tempfile.TemporaryDirectory() as room:
         file = Path(room) / "given.json"
         file.write_text(json.dumps(given))
@@ -227,7 +246,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=0, help="tokens; 8192 for memory, else 1024")
     parser.add_argument("--prefills", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--contestant", default="")
+    parser.add_argument("--contestant", default="", help="of one")
+    parser.add_argument("--contestants", nargs="+", choices=MEASURED, default=MEASURED, help="of memory")
+    parser.add_argument("--runs", type=int, default=5, help="of memory, of each contestant")
     parser.add_argument("--plan")
     parser.add_argument("--bytes", type=float, default=0.4)
     parser.add_argument("--thorough", action="store_true")
@@ -236,7 +257,7 @@ def main() -> None:
     if given.job == "time":
         timing(given.lengths, given.prefills)
     elif given.job == "memory":
-        memory(given.length or 8192)
+        memory(given.length or 8192, given.runs, given.contestants)
     elif given.job == "one":
         one(given.contestant, given.length or 8192)
     elif given.job == "same":

@@ -1,13 +1,16 @@
 """Runs inside kvpress's own environment: the same prompts through its presses. Prints one line of JSON.
 
 python kvpress_worker.py GIVEN.json, with {"model", "tasks": {task: [[context, [[question, answer], ...]], ...]},
-"full": ["L5.G0", ...], "share"}. Contexts, questions and answers are token ids.
+"full": ["L5.G0", ...], "share", "texts"}. Contexts, questions and answers are token ids. By the texts kvpress chooses
+heads; it would take them from a data set of the hub.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import kvpress.presses.duo_attention_press as duo_attention
+import pandas
 import torch
 from kvpress import AdaKVPress, DuoAttentionPress, SnapKVPress
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -22,11 +25,26 @@ def given_heads(full: list[str], layers: int, heads: int) -> DuoAttentionPress:
         mask[int(layer), int(head)] = False
 
     def prepare(model):
-        press.streaming_mask, press.recent_size, press.sink_size = mask.numpy(), 256, 64
-        press.compression_ratio_ = float(mask.float().mean())
+        press.streaming_mask, press.recent_size, press.sink_size = mask, 256, 64
 
     press.post_init_from_model = prepare
     return press
+
+
+def full_of(press: DuoAttentionPress) -> list[str]:
+    """The KV heads that a press has left full, once it ran."""
+    return [f"L{layer}.G{head}" for layer, head in (~press.streaming_mask).nonzero().tolist()]
+
+
+class Texts:
+    """What `load_dataset` gives, in place of BookSum."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One column, under the name that kvpress reads."""
+        return pandas.DataFrame({"chapter": self.texts})
 
 
 def size(cache) -> int:
@@ -74,6 +92,7 @@ def run(model, press, rows: list) -> tuple[int, int, float]:
 
 def main() -> None:
     given = json.loads(Path(sys.argv[1]).read_text())
+    duo_attention.load_dataset = lambda *_, **__: Texts(given["texts"])
     model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32).eval()
     config = model.config
     presses = {
@@ -97,6 +116,8 @@ def main() -> None:
                 scores[task] = right / total
                 sizes.append(mean)
             found[name] = {"accuracy": scores, "bytes": sum(sizes) / len(sizes), "forced": True}
+            if isinstance(press, DuoAttentionPress):
+                found[name]["full"] = full_of(press)
         except Exception as problem:
             found[name] = {"failed": f"{type(problem).__name__}: {problem}"[:300]}
     print(json.dumps(found))
