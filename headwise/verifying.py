@@ -198,9 +198,9 @@ class _Run:
         self.options = dict(options)
         self.cache = options["past_key_values"]
         self.lines = [Line(row, rules.most, number) for number, row in enumerate(ids)]
-        self.active = list(range(len(ids)))
-        self.places = list(range(len(ids)))
+        self.active, self.places = list(range(len(ids))), list(range(len(ids)))
         self.pending: dict[int, list[int]] = {}
+        self.held: dict[int, Draft] = {}
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.apart = self.lent = False
         self.past = self.widest = 0
@@ -272,6 +272,7 @@ class _Run:
             columns[row] = [len(own) - 1, *read]
             self.pending[row] = own + walk.tokens
             news[row] = News(walk.tokens, states_of(seen, place, columns[row]))
+            self.held.pop(row, None)
         self._keep(kept, width)
         places = {row: place for place, row in enumerate(self.places) if row in news}
         for row, walk in walked.items():
@@ -280,16 +281,15 @@ class _Run:
         self._drop()
 
     def _drafts(self) -> dict[int, Draft]:
-        """One draft for each active row, of tokens that there is room for."""
+        """One draft for each active row, of tokens that there is room for. A row that waited keeps the one it has."""
         rooms = {row: self.lines[row].room - 1 for row in self.active}
-        asked = {row: room for row, room in rooms.items() if room > 0}
-        found = self.drafter.propose(asked) if asked else {}
+        asked = {row: room for row, room in rooms.items() if room > 0 and row not in self.held}
+        self.held |= self.drafter.propose(asked) if asked else {}
         drafts = {}
         for row in self.active:
-            draft = found.get(row, Draft([], why=NO_ROOM if row not in asked else Draft([]).why))
+            draft = self.held.get(row, Draft([], why=NO_ROOM if rooms[row] <= 0 else Draft([]).why))
             draft.check(self.vocabulary)
-            draft = draft if self.apart else draft.chain()
-            drafts[row] = draft.cut(max(0, min(rooms[row], self.widest - 1)))
+            drafts[row] = (draft if self.apart else draft.chain()).cut(max(0, min(rooms[row], self.widest - 1)))
         return drafts
 
     def _feeds(self, drafts: dict[int, Draft]) -> tuple[dict[int, list[int]], int]:

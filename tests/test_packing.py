@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
+from families import FAMILIES
 
 from headwise.decode import CopySpec
 from headwise.matmul import fast_matmul, offered
 from headwise.packing import Packed
-from tests.families import FAMILIES
 
 here = pytest.mark.skipif(not offered(torch.ones(1, 1)), reason="packs on a CPU with AVX-512")
 
