@@ -1,5 +1,7 @@
 """Samplers: equal to their definitions, at home in transformers' generate, refusing what makes no sense."""
 
+from math import isnan
+
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from headwise.decode import LocallyTypical, LogitFusion
 from headwise.decode.logit_fusion import Fusing, divergence
 from headwise.replicate.fused_logits import FusedLogits, asked, done
-from headwise.replicate.typical_sampling import TypicalSampling, repeated
+from headwise.replicate.typical_sampling import TypicalSampling, gaps, repeated
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +174,16 @@ def test_outcomes_follow_the_checks():
     assert TypicalSampling()._judge(found, 8, 0, 100.0).outcome == "holds"
     found["typical"] = points(5.5)[1:2]
     assert TypicalSampling()._judge(found, 8, 0, 100.0).outcome == "fails"
+
+
+def test_a_rule_is_not_compared_beyond_its_own_strengths():
+    at = {"nucleus": [(-1.0, 10.0), (-3.0, 4.0)], "top-k": [(-1.0, 10.0), (-2.0, 8.0)]}
+    compared, more = gaps(at | {"typical": [(-1.5, 1.0), (-2.5, 1.0)]})
+    assert compared == {"nucleus": 2, "top-k": 1} and more == {"nucleus": 6.0, "top-k": 8.0}
+    compared, more = gaps(at | {"typical": [(-2.5, 1.0)]})
+    assert compared["top-k"] == 0 and isnan(more["top-k"])
+    points = {name: [(torch.full((8,), log), torch.full((8,), again)) for log, again in at[name]] for name in at}
+    points["typical"] = [(torch.full((8,), -2.5), torch.ones(8))]
+    outcome = TypicalSampling()._judge(points, 8, 0, 100.0)
+    assert outcome.outcome == "partly" and outcome.checks["and less than top-k sampling that is as likely"] is False
+    assert "0 of 1 with top-k" in outcome.baseline

@@ -4,6 +4,7 @@ The writer is a plain Llama over the characters of the reference of the Python l
 folder, so that the replications that draft for it train it once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwise.convert import home
 from headwise.data.reference import digest, paragraphs
+from headwise.decode import Medusa
 from headwise.draft_heads import HeadsMethod
 from headwise.draft_training import self_written, states_after, train
 from headwise.drafting import Drafter
@@ -85,6 +87,10 @@ class Trial:
         """Tokens a pass, mean over prompts."""
         return float(self.per_pass[name].mean())
 
+    def best_of(self, names: Iterable[str]) -> str:
+        """The one with the most tokens a pass."""
+        return max(names, key=self.mean)
+
     def p(self, better: str, worse: str, seed: int) -> float:
         """Paired permutation test: how often would chance give a gain so large?"""
         return sign_flip(self.per_pass[better] - self.per_pass[worse], seed=seed)
@@ -93,6 +99,11 @@ class Trial:
         """Everything, for the record."""
         means = {name: self.mean(name) for name in self.per_pass}
         return {"tokens a pass": means, "accuracy": self.accuracy, "parameters": self.parameters, "same": self.same}
+
+
+def medusas() -> dict[str, HeadsMethod]:
+    """Medusa as in its paper, and two deeper ones: for the writer, Chimera and Clover lie between them in weights."""
+    return {"Medusa": Medusa(tree=TREE)} | {f"Medusa of {n} layers": Medusa(tree=TREE, layers=n) for n in (5, 6)}
 
 
 def trial(methods: dict[str, HeadsMethod], drafters: dict[str, Drafter], seed: int, full: bool, name: str) -> Trial:
