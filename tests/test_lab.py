@@ -1,16 +1,19 @@
 """The lab: a small model learns a lesson, edits hold parts of it, runs go on where they were killed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from headwise import lab
+from headwise.asked import asked
 from headwise.data import FewShotLabels
 from headwise.do import do
 from headwise.lab import Edit, Pass, Reset, Switch, Tiny, TinyConfig, Training, measure, pattern, train
@@ -225,6 +228,33 @@ def test_a_run_that_was_killed_goes_on_to_the_same_curve(tmp_path):
         train(config(), LESSON, SHORT, edits, seed=4, folder=folder)
     longer = train(config(), LESSON, replace(SHORT, steps=16), edits, seed=3, folder=folder)
     assert longer.losses[:12] == whole.losses and len(longer.losses) == 16
+
+
+def louder(value, scene, by=1.0):
+    return value * by
+
+
+def test_functions_that_share_a_name_are_told_apart():
+    model = config().build(0)
+
+    def told(to, training=SHORT):
+        words = asked(model, LESSON, training, [Edit("L1.z", to)], 3, {})
+        return json.loads(json.dumps([words["edits"], words["training"]]))
+
+    def times(factor):
+        return lambda value, scene: value * factor
+
+    assert told(times(2.0)) == told(times(2.0)) != told(times(3.0))
+    assert told(lambda value, scene: value + 1) != told(lambda value, scene: value - 1)
+    assert told(lambda value, scene, by=1: value * by) != told(lambda value, scene, by=2: value * by)
+    assert told(partial(louder, by=2.0)) == told(partial(louder, by=2.0)) != told(partial(louder, by=3.0))
+    assert told(times(louder)) != told(times(times(2.0)))
+    source = "lambda value, scene: value if scene.step in {'a', 'b', 3} else [each for each in value]"
+    first, second = (eval(compile("\n" * lines + source, f"file {lines}", "eval")) for lines in (0, 7))
+    assert told(first) == told(second)
+    low, lower = (replace(SHORT, until=lab.after("loss", lambda loss, b=bound: loss < b)) for bound in (0.5, 0.1))
+    assert told(louder, low) == told(louder, low) != told(louder, lower)
+    assert " at 0x" not in json.dumps(told(partial(louder, by=2.0), low))
 
 
 def test_a_run_has_an_atlas_and_checkpoints_that_open(tmp_path):

@@ -165,14 +165,12 @@ def _schedule(told: Any) -> "schedule.When | None":
         kind.__name__: kind for kind in (schedule.When, schedule.Not, schedule.Both, schedule.Steps, schedule.Every)
     }
     kinds["After"] = schedule.After
-    if not isinstance(told, dict) or told.get("kind") not in kinds:
+    if not isinstance(told, dict) or told.get("kind") not in kinds or told.get("condition", "None") != "None":
         return None
     fields = {}
     for key, value in told.items():
         if key != "kind":
             fields[key] = _schedule(value) if isinstance(value, dict) else _plain(value)
     if any(value is None for key, value in fields.items() if key in ("inner", "left", "right")):
-        return None
-    if isinstance(fields.get("condition"), str):
         return None
     return kinds[told["kind"]](**fields)
