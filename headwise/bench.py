@@ -114,20 +114,15 @@ def cost(
                 held[name] = (cache, last)
                 decodes[name].append(seconds / tokens)
                 bar.update()
-    return [
-        Cost(
-            name=name,
-            at=ids.shape[1],
-            tokens=tokens,
-            prefill=statistics.median(reads[name]),
-            decode=statistics.median(decodes[name]),
-            prefills=reads[name],
-            decodes=decodes[name],
-            bytes=bytes_of(held[name][0]),
-            peak=peaks[name],
-        )
-        for name in caches
-    ]
+    at = ids.shape[1]
+    return [_cost(name, at, tokens, reads[name], decodes[name], held[name][0], peaks[name]) for name in caches]
+
+
+def _cost(
+    name: str, at: int, tokens: int, reads: list[float], decodes: list[float], cache: Cache, peak: int | None
+) -> Cost:
+    middle = statistics.median
+    return Cost(name, at, tokens, middle(reads), middle(decodes), reads, decodes, bytes_of(cache), peak)
 
 
 def _read(model: "PreTrainedModel", cache: Cache, ids: Tensor, chunk: int | None) -> Tensor:
