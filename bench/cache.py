@@ -38,9 +38,11 @@ from headwise.cache.quantised import Quantised
 from headwise.cache.snapkv import SnapKV
 from headwise.data.held_out import HeldOut
 from headwise.kv_cache import KVCache, kv_units
+from headwise.packing import Packed
 from headwise.plan import Plan
 
 TOKENS, ROUNDS = 8, 7
+PACKED = ", packed weights"
 MEASURED = ("DynamicCache", "StaticCache", "all full", "50% full", "30% full")
 # Tokens of short prompts and of the texts by which kvpress chooses heads, and how many of these it samples.
 SHORT, TEXTS = 512, 50
@@ -62,6 +64,8 @@ def contestants(model, at: int) -> dict[str, Callable]:
     made["one token"] = lambda: KVCache(model, dict.fromkeys(kv_units(model), Duo(0, 1)), most)
     for share in (0.5, 0.3):
         made[f"{share:.0%} full"] = lambda share=share: KVCache(model, half(model, share), most)
+    for name in ("DynamicCache", "all full", "50% full"):
+        made[name + PACKED] = made[name]
     return made
 
 
@@ -78,13 +82,15 @@ def about() -> dict:
 def timing(lengths: list[int], prefills: int) -> None:
     """Decoding and prefill at each length; what was measured before at other lengths is kept."""
     model, tokenizer = open_model()
+    packed = Packed(model)
     file = race.RESULTS / "cache_time.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for at in lengths:
         load = os.getloadavg()[0]
-        found = cost(
-            model, contestants(model, at), text(tokenizer, at), tokens=TOKENS, rounds=ROUNDS, prefills=prefills
-        )
+        caches = contestants(model, at)
+        how = {"tokens": TOKENS, "rounds": ROUNDS, "prefills": prefills}
+        inside = {name: packed for name in caches if name.endswith(PACKED)}
+        found = cost(model, caches, text(tokenizer, at), inside=inside, **how)
         rows = [row for row in rows if row["at"] != at]
         rows += [{**asdict(one), "load": [round(load, 1), round(os.getloadavg()[0], 1)]} for one in found]
         race.save("cache_time", {**about(), "rows": rows})
@@ -102,7 +108,7 @@ def memory(length: int, runs: int, names: Sequence[str]) -> None:
                 check=True,
             )
             rows.append({"turn": turn, **json.loads(done.stdout.splitlines()[-1])})
-    race.save("cache_memory", {**about(), "length": length, "rows": rows})
+        race.save("cache_memory", {**about(), "length": length, "rows": rows})
 
 
 def one(name: str, length: int) -> None:
