@@ -70,6 +70,7 @@ def cost(
     rounds: int = 5,
     prefills: int = 1,
     chunk: int | None = None,
+    inside: Mapping[str, AbstractContextManager[Any]] | None = None,
 ) -> list[Cost]:
     """Read ids [1, T] through every cache, then decode in turns.
 
@@ -78,6 +79,7 @@ def cost(
         tokens: decoded by each contestant in each round; rounds: interleaved, 1 or more.
         prefills: how often the prompt is read by each, interleaved; only the last one's cache is decoded from.
         chunk: tokens at most in one pass of the prompt; None reads it at once.
+        inside: {name: block that this contestant runs in}, such as `Packed(model)`.
 
     Raises:
         ValueError: no caches, or numbers below 1.
@@ -87,7 +89,7 @@ def cost(
             f"{len(caches)} caches, {tokens} tokens, {rounds} rounds, {prefills} prefills of {ids.shape[0]} rows were "
             "asked for; allowed are 1 row, and 1 or more of each of the others."
         )
-    ids = ids.to(model.device)
+    ids, inside = ids.to(model.device), inside or {}
     reads: dict[str, list[float]] = {name: [] for name in caches}
     decodes: dict[str, list[float]] = {name: [] for name in caches}
     peaks: dict[str, int | None] = {}
@@ -97,7 +99,7 @@ def cost(
         for turn in range(prefills):
             for name, make in caches.items():
                 held.pop(name, None)
-                with _peak(model.device) as grown:
+                with inside.get(name, nullcontext()), _peak(model.device) as grown:
                     cache = make()
                     start = _clock(model.device)
                     last = _read(model, cache, ids, chunk)
@@ -110,7 +112,8 @@ def cost(
                 bar.update()
         for _ in range(rounds):
             for name, (cache, last) in held.items():
-                last, seconds = _decode(model, cache, last, tokens)
+                with inside.get(name, nullcontext()):
+                    last, seconds = _decode(model, cache, last, tokens)
                 held[name] = (cache, last)
                 decodes[name].append(seconds / tokens)
                 bar.update()
