@@ -9,6 +9,7 @@ import typer
 from headwise.terminal import print_json, print_table, say, sentences, tell
 
 if TYPE_CHECKING:
+    from headwise.comparison import Goal
     from headwise.experiment import Experiment
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -74,9 +75,11 @@ def run_experiment(
 @lab_app.command("compare")
 def compare_runs(
     folder: Annotated[Path, typer.Argument(help="Folder of an experiment that was run.")],
-    metric: Annotated[str, typer.Option(help="What was measured, such as loss or accuracy.")] = "loss",
-    below: Annotated[float | None, typer.Option(help="Done is: below this.")] = None,
-    above: Annotated[float | None, typer.Option(help="Done is: above this.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What was measured, such as loss. [default: that of the experiment's goal]")
+    ] = None,
+    below: Annotated[float | None, typer.Option(help="Done is: below this. [default: the experiment's goal]")] = None,
+    above: Annotated[float | None, typer.Option(help="Done is: above this. [default: the experiment's goal]")] = None,
     split: Annotated[str, typer.Option(help="The prompts it was measured on.")] = "train",
     as_json: AsJson = False,
 ) -> None:
@@ -85,18 +88,27 @@ def compare_runs(
         from headwise.comparison import Comparison
 
         found = Comparison.load(folder)
-        if below is None and above is None:
-            below = 0.1
+        metric = metric or (found.goal[0] if found.goal else "loss")
         last = found.last(metric, split)
-        rows = [
-            {**asdict(one), "condition": one.name, "sooner": one.ratio, metric: last[one.name]}
-            for one in found.time_to(metric, below=below, above=above, split=split)
-        ]
+        metric, side, bound = _goal(found.goal, metric, below, above)
+        rows = [{**one.row(), metric: last[one.name]} for one in found.time_to(metric, **{side: bound}, split=split)]
         if as_json:
             print_json(rows)
             return
-        goal = (metric, "below" if below is not None else "above", below if below is not None else above)
-        _print(rows, goal, value=metric)
+        _print(rows, (metric, side, bound), value=metric)
+
+
+def _goal(own: "Goal | None", metric: str, below: float | None, above: float | None) -> "Goal":
+    """When a run is done: as the command says, or else by the experiment's own goal for this metric."""
+    if below is not None and above is not None:
+        raise ValueError(f"--below {below:g} and --above {above:g} were both given; a run is done by one of them.")
+    if below is not None:
+        return metric, "below", below
+    if above is not None:
+        return metric, "above", above
+    if own is None or own[0] != metric:
+        raise ValueError(f"When is {metric} done? Nothing here says; give --below or --above a bound.")
+    return own
 
 
 def _experiment(name: str, full: bool = False) -> "Experiment | None":

@@ -26,6 +26,8 @@ from headwise.tiny import TinyConfig
 from headwise.training import Change, Run, Training, Watch, train
 from headwise.writing import write_aside
 
+Goal = tuple[str, str, float]
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -71,13 +73,25 @@ class Sooner:
     high: float
     wins: int
 
+    def row(self) -> dict[str, Any]:
+        """The same as a row of a table, whose first column is the condition."""
+        keys = ("times", "median", "low", "high", "wins")
+        return {"condition": self.name, "sooner": self.ratio, **{key: getattr(self, key) for key in keys}}
+
 
 @dataclass
 class Comparison:
-    """Tapes of all runs, by condition and seed. `models` are there unless they were read from a folder."""
+    """Tapes of all runs, by condition and seed.
+
+    Attributes:
+        tapes: {condition: {seed: tape}}.
+        runs: the same with their models; empty where they were read from a folder.
+        goal: (metric, "below" or "above", bound) by which a run is done; None where nobody said.
+    """
 
     tapes: dict[str, dict[int, Tape]]
     runs: dict[str, dict[int, Run]] = field(default_factory=dict)
+    goal: "Goal | None" = None
 
     @property
     def names(self) -> list[str]:
@@ -138,7 +152,8 @@ class Comparison:
                 found.setdefault(name, {})[int(file.parent.name.removeprefix("seed="))] = Tape.load(file)
         if not found:
             raise ValueError(f"{folder} holds no finished run yet.")
-        return cls(found)
+        goal = kept.get("goal")
+        return cls(found, goal=goal and (goal[0], goal[1], float(goal[2])))
 
 
 def _sooner(name: str, base: list[float], times: list[float]) -> Sooner:
@@ -161,6 +176,7 @@ def compare(
     folder: "Path | str | None" = None,
     processes: int = 1,
     watch: Watch | None = None,
+    goal: Goal | None = None,
 ) -> Comparison:
     """Train every condition with every seed.
 
@@ -170,6 +186,7 @@ def compare(
         folder: keeps every run as <condition>/seed=<k>/, and a second call goes on from there.
         processes: runs at a time; two on a machine of two cores. The curves do not depend on it.
         watch: shown every run after each of its measurements, in the process that trains it.
+        goal: (metric, "below" or "above", bound) by which a run is done; kept in the folder.
 
     Raises:
         ValueError: a list of edits without a model and a lesson, or edits that cannot be sent to another process.
@@ -177,7 +194,7 @@ def compare(
     whole = {name: _whole(name, one, model, lesson, training) for name, one in conditions.items()}
     places = {name: place_of(name) for name in whole}
     if folder is not None:
-        text = json.dumps({"conditions": places, "seeds": list(seeds)}, indent=2)
+        text = json.dumps({"conditions": places, "seeds": list(seeds), "goal": goal}, indent=2)
         write_aside(Path(folder) / "comparison.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     jobs = [
         (name, seed, one, None if folder is None else Path(folder) / place_of(name, seed), watch)
@@ -189,7 +206,8 @@ def compare(
         for (name, seed, *_), run in zip(jobs, _each(jobs, processes), strict=True):
             runs[name][seed] = run
             bar.update()
-    return Comparison({name: {seed: run.tape for seed, run in by.items()} for name, by in runs.items()}, runs)
+    tapes = {name: {seed: run.tape for seed, run in by.items()} for name, by in runs.items()}
+    return Comparison(tapes, runs, goal)
 
 
 def place_of(name: str, seed: int | None = None) -> str:

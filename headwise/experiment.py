@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from headwise.comparison import Comparison, Condition, compare
+from headwise.comparison import Comparison, Condition, Goal, compare
 from headwise.growth import Grown, grown_heads
 from headwise.method import Method
 from headwise.training import Training, Watch
@@ -28,7 +28,7 @@ class Experiment(Method):
 
     full: bool = False
 
-    goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 0.1)
+    goal: ClassVar[Goal] = ("loss", "below", 0.1)
     seeds: ClassVar[tuple[int, ...]] = (5, 6, 7)
 
     def conditions(self) -> dict[str, Condition]:
@@ -55,9 +55,8 @@ class Experiment(Method):
         Raises:
             ValueError: a condition that there is not.
         """
-        return compare(
-            self.chosen(only), seeds=tuple(seeds or self.seeds), folder=folder, processes=processes, watch=watch
-        )
+        paired = tuple(seeds or self.seeds)
+        return compare(self.chosen(only), seeds=paired, folder=folder, processes=processes, watch=watch, goal=self.goal)
 
     def chosen(self, only: "Sequence[str] | None" = None) -> dict[str, Condition]:
         """Its conditions, or those named. Raises ValueError for one that there is not."""
@@ -76,17 +75,7 @@ class Experiment(Method):
         metric, side, bound = self.goal
         loss, accuracy = found.last("loss"), found.last("accuracy", missing=None)
         return [
-            {
-                "condition": one.name,
-                "times": one.times,
-                "median": one.median,
-                "sooner": one.ratio,
-                "low": one.low,
-                "high": one.high,
-                "wins": one.wins,
-                "loss": loss[one.name],
-                "accuracy": accuracy[one.name],
-            }
+            {**one.row(), "loss": loss[one.name], "accuracy": accuracy[one.name]}
             for one in found.time_to(metric, **{side: bound})
         ]
 

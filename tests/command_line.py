@@ -1,4 +1,4 @@
-"""The command line in this process, and a tiny model with a tokenizer of plain words for it to open."""
+"""The command line in this process, and tiny models with a tokenizer of plain words for it to open."""
 
 import sys
 from pathlib import Path
@@ -27,6 +27,16 @@ def run(capsys, *words):
     return SimpleNamespace(code=code, out=out, err=err, lines=err.strip().splitlines())
 
 
+def refused(result, *parts):
+    """One sentence on stderr, nothing on stdout, exit code 2."""
+    assert result.code == 2
+    assert result.out == ""
+    assert len(result.lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err
+
+
 def words_tokenizer(size: int = WORDS) -> transformers.PreTrainedTokenizerFast:
     """Of [UNK], [PAD] and the words w2, w3 and so on, whose numbers are their ids."""
     vocab = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, size)}}
@@ -51,5 +61,16 @@ def tiny_decoder(folder: Path) -> Path:
         pad_token_id=1,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT of one layer with random weights, saved with that tokenizer."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
     words_tokenizer().save_pretrained(folder)
     return folder

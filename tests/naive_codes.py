@@ -1,9 +1,23 @@
 """The naive twin of those functions of torchao that headwise calls, for machines on which it is not installed."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
+from importlib.util import find_spec
 
+import pytest
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def where_torchao_is_missing() -> Iterator[None]:
+    """Inside, these functions take the place of torchao's, unless it is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("torchao") is None:
+            patch.setattr("headwise.codes.primitives", lambda: sys.modules[__name__])
+        yield
 
 
 class MappingType(Enum):

@@ -1,12 +1,11 @@
 """The decode room: with drafts a model generates what it generates alone, whatever drafts, cache and batch."""
 
-import random
 from collections.abc import Mapping
 
 import pytest
 import torch
-from chances import draws_again, flatter, forgets_siblings, p_value, too_willing
 from families import FAMILIES, VOCAB
+from oracles import Oracle, Says
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -22,7 +21,6 @@ import headwise as hw
 from headwise import accepting
 from headwise.attach import caching, treated
 from headwise.drafting import ALL, DIFFERS, STOPPED, Draft, Drafter, News, Reading
-from headwise.grams import Grams
 from headwise.kv_cache import CacheMethod, KVCache
 from headwise.verifying import DraftMethod, Verifying, run
 
@@ -47,46 +45,6 @@ METHODS = {
     "either": D.Either(D.CopySpec(gamma=3), D.HeadCopying(heads=("L1.H0",), least=0.1)),
     "paced": D.Paced(D.Either(D.CopySpec(gamma=2, tokens=16), D.HeadCopying(heads=("L1.H0",), least=0)), most=16),
 }
-
-
-class Oracle(Drafter):
-    """Knows the right continuation and spoils it at random, in chains or in trees; checks what it is told."""
-
-    wants_hidden = True
-
-    def __init__(self, right: list[list[int]], trees: bool, seed: int = 0) -> None:
-        self.right, self.trees, self.draw = right, trees, random.Random(seed)
-
-    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
-        self.model, self.texts = model, [list(text) for text in texts]
-        self.start = [len(text) for text in texts]
-        self.hidden: list[list[Tensor]] = [[] for _ in texts]
-
-    def accept(self, news: Mapping[int, News], read: Reading) -> None:
-        for row, one in news.items():
-            assert one.hidden is not None and len(one.hidden) == len(read.columns[row])
-            self.texts[row] += one.tokens
-            self.hidden[row].append(one.hidden)
-            assert sum(map(len, self.hidden[row])) == len(self.texts[row]) - 1
-
-    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
-        return {row: self._one(row) for row in rooms}
-
-    def _one(self, row: int) -> Draft:
-        made = len(self.texts[row]) - self.start[row]
-        good = self.right[row][made : made + self.draw.randint(0, 6)]
-        if not self.trees:
-            return Draft([token if self.draw.random() < 0.8 else self.draw.randrange(VOCAB) for token in good])
-        tokens: list[int] = []
-        parents: list[int] = []
-        last = -1
-        for token in good:
-            here = [self.draw.randrange(VOCAB), token] if self.draw.random() < 0.7 else [token]
-            places = range(len(tokens), len(tokens) + len(here))
-            tokens += here
-            parents += [last] * len(here)
-            last = self.draw.choice(places)
-        return Draft(tokens, parents)
 
 
 def prompts(name: str, rows: int, length: int = 16) -> dict[str, Tensor]:
@@ -166,7 +124,7 @@ def test_drafts_grow_while_they_are_accepted_and_fall_when_not() -> None:
     right = plain(model, inputs, tokens=60)[0, inputs["input_ids"].shape[1] :].tolist()
     sent: list[int] = []
 
-    class Knows(_Says):
+    class Knows(Says):
         def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
             self.said = 0
 
@@ -255,72 +213,6 @@ def test_criteria_and_processors_of_the_caller_hold_inside_drafts() -> None:
                 assert torch.equal(found.ids, asked) and found.stats.per_pass > 1
 
 
-class _Chance(Drafter):
-    """Proposes what may follow, in one of four ways: fixed chains, drawn ones with their distribution, and trees."""
-
-    def __init__(self, kind: str, follows: dict[tuple[int, ...], list[int]]) -> None:
-        self.kind, self.follows = kind, follows
-
-    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
-        assert sampling
-        self.made: list[tuple[int, ...]] = [() for _ in texts]
-
-    def accept(self, news: Mapping[int, News], read: Reading) -> None:
-        for row, one in news.items():
-            self.made[row] += tuple(one.tokens)
-
-    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
-        return {row: self._one(self.made[row]) for row in rooms}
-
-    def _one(self, text: tuple[int, ...]) -> Draft:
-        here = self.follows[text]
-        after = {token: self.follows.get((*text, token), here) for token in here}
-        # The least likely comes first: what is wrong then shows more.
-        if self.kind == "fixed chain":
-            return Draft([here[2], after[here[2]][1]])
-        if self.kind == "fixed tree":
-            return Draft([here[2], here[1], after[here[2]][1], after[here[2]][0]], [-1, -1, 0, 0])
-        first, q = self._drawn(here)
-        if self.kind == "drawn chain":
-            second, r = self._drawn(after[first])
-            return Draft([first, second], None, torch.stack([q, r]))
-        sibling = self._drawn(here)[0]
-        third, r = self._drawn(after[first])
-        return Draft([first, sibling, third], [-1, -1, 0], torch.stack([q, q, r]))
-
-    def _drawn(self, tokens: list[int]) -> tuple[int, Tensor]:
-        q = torch.zeros(VOCAB)
-        q[tokens] = torch.tensor([0.2, 0.3, 0.5])
-        return int(torch.multinomial(q, 1)), q
-
-
-def _p_value(kind: str, times: int = 8) -> float:
-    return p_value(flatter(FAMILIES["llama"].build()), lambda follows: _Chance(kind, follows), times=times)
-
-
-@pytest.mark.parametrize("kind", ["fixed chain", "fixed tree", "drawn chain", "drawn tree"])
-def test_sampling_keeps_the_distribution_of_the_model(kind: str) -> None:
-    assert _p_value(kind) > 1e-3
-
-
-def test_the_test_of_sampling_has_power(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The last rule is wrong only half the time, and needs more draws to be seen as clearly.
-    for wrong, kind, times in (
-        (too_willing, "fixed chain", 8),
-        (draws_again, "drawn chain", 8),
-        (forgets_siblings, "drawn tree", 32),
-    ):
-        monkeypatch.setattr(accepting, "pick", wrong)
-        assert _p_value(kind, times) < 1e-6
-
-
-def test_a_drafter_as_good_as_the_model_is_always_believed() -> None:
-    p = torch.tensor([0.2, 0.5, 0.3])
-    for _ in range(50):
-        token = int(torch.multinomial(p, 1))
-        assert accepting.pick(p, [(token, p)]) == (token, 0)
-
-
 class _Shown(BaseStreamer):
     def __init__(self) -> None:
         self.parts: list[list[int]] = []
@@ -384,117 +276,6 @@ def test_what_became_of_drafts_is_counted() -> None:
     assert heard == sorted(heard) and heard[-1] == stats.tokens and len(heard) == stats.passes
     assert stats.data()["per_pass"] == pytest.approx((stats.tokens - 4) / stats.turns)
     assert 0 < stats.prefill < stats.seconds and stats.tokens_per_second > 0
-
-
-def test_memory_of_an_index_is_bounded_and_it_copies_the_first_place() -> None:
-    grams = Grams((2,), most=5)
-    grams.add([1, 2, 3, 1, 2, 4, 1, 2])
-    assert grams.behind(2) == 2 and grams.copy(2, 3) == [3, 1, 2]
-    grams.add(list(range(10, 40)))
-    assert len(grams._behind) == 5 and grams.behind(2) is None
-    draw = random.Random(0)
-    text = [draw.randrange(4) for _ in range(300)]
-    grams = Grams((3,), most=10**6)
-    for at, token in enumerate(text, 1):
-        grams.add([token])
-        first = next((i for i in range(3, at) if text[i - 3 : i] == text[at - 3 : at]), None) if at >= 3 else None
-        assert grams.behind(3) == first
-
-
-def test_heads_point_at_the_token_that_followed() -> None:
-    planted = hw.data.Planted(parts=("induction",), decoys=()).build(seed=0)
-    batch = hw.data.RepeatedTokens(length=20).make(planted.tokenizer, n=1, seed=0)
-    heads = tuple(unit for unit, what in planted.truth.items() if "induction" in what)
-    ids = batch.ids[:, :30]
-    how = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    found = D.HeadCopying(heads=heads, least=0.5).generate(planted.model, ids, **how)
-    assert torch.equal(found.ids, planted.model.generate(ids, **how))
-    assert found.stats.accepted >= 8 and found.stats.acceptance > 0.7
-    score = hw.heads.Induction().score(planted.model, hw.data.RepeatedTokens(length=20).make(planted.tokenizer, 4))
-    assert set(heads) <= set(D.HeadCopying().asking(score, 2).heads)
-
-
-def test_trees_are_cut_and_become_chains() -> None:
-    tree = Draft([1, 2, 3, 4, 5], [-1, -1, 0, 2, 1], probs=torch.eye(8)[:5])
-    assert tree.chain().tokens == [1, 3, 4] and tree.chain().parents is None
-    assert tree.chain().probs is not None and tree.chain().probs.shape == (3, 8)
-    short = tree.cut(2)
-    assert short.tokens == [1, 2, 3, 5] and short.parents == [-1, -1, 0, 1]
-    assert tree.cut(3) is tree and Draft([1, 2]).cut(1).tokens == [1]
-
-
-class _Says(Drafter):
-    def __init__(self, draft: Draft) -> None:
-        self.draft = draft
-
-    def begin(self, model: PreTrainedModel, texts: list[list[int]], sampling: bool) -> None:
-        pass
-
-    def accept(self, news: Mapping[int, News], read: Reading) -> None:
-        pass
-
-    def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
-        return dict.fromkeys(rooms, self.draft)
-
-
-@pytest.mark.parametrize(
-    ("draft", "sentence"),
-    [
-        (Draft([3, VOCAB]), f"A drafter proposed token {VOCAB}; allowed are 0 to {VOCAB - 1}"),
-        (Draft([-1], source="mine"), "mine proposed token -1"),
-        (Draft([1, 2], [-1, 1]), "a tree of 2 tokens with the parents"),
-        (Draft([1, 2], [-1]), "a tree of 2 tokens with the parents"),
-        (Draft([1], None, torch.ones(1, 7)), "the vocabulary of the model"),
-    ],
-)
-def test_a_drafter_of_another_model_is_told(draft: Draft, sentence: str) -> None:
-    model = FAMILIES["llama"].build()
-    with pytest.raises(ValueError, match=sentence):
-        model.generate(torch.tensor([[4, 5]]), max_new_tokens=6, custom_generate=Verifying(_Says(draft)))
-
-
-def test_bad_requests_are_answered_in_sentences() -> None:
-    model, ids = FAMILIES["llama"].build(), torch.tensor([[4, 5, 6]])
-    copy = D.CopySpec()
-    with pytest.raises(ValueError, match="gamma is 0, tokens 24"):
-        D.CopySpec(gamma=0)
-    with pytest.raises(ValueError, match="longest is 0"):
-        D.PromptLookup(longest=0)
-    with pytest.raises(ValueError, match="tokens is 0 and least 0.2"):
-        D.HeadCopying(tokens=0)
-    with pytest.raises(ValueError, match="HeadCopying has no heads to ask"):
-        D.HeadCopying().generate(model, ids, max_new_tokens=3)
-    with pytest.raises(ValueError, match="L7"):
-        D.HeadCopying(heads=("L7.H0",)).generate(model, ids, max_new_tokens=3)
-    with pytest.raises(ValueError, match=r"'L0' is no head to ask; allowed are names such as L5\.H1\."):
-        D.HeadCopying(heads=("L0",)).generate(model, ids, max_new_tokens=3)
-    with pytest.raises(ValueError, match="'copyspec' does not draft"):
-        D.Either("copyspec", copy)
-    with pytest.raises(ValueError, match="'copyspec' does not draft"):
-        D.Paced("copyspec")
-    with pytest.raises(ValueError, match="least is 3, start 2, most 24"):
-        D.Paced(copy, start=2, least=3)
-    with pytest.raises(ValueError, match="max_new_tokens is 0; allowed is 1 or more"):
-        copy.generate(model, ids, max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"The prompt has the shape \[1, 0\]"):
-        copy.generate(model, ids[:, :0], max_new_tokens=3)
-    with pytest.raises(ValueError, match="num_beams is 2"):
-        copy.generate(model, ids, max_new_tokens=3, num_beams=2)
-    with pytest.raises(ValueError, match="Drafts need a cache"):
-        copy.generate(model, ids, max_new_tokens=3, use_cache=False)
-    with pytest.raises(ValueError, match="output_scores is not handed back"):
-        copy.generate(model, ids, max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
-    with pytest.raises(TypeError, match="does not say how it drafts"):
-        DraftMethod().generate(model, ids, max_new_tokens=3)
-
-
-def test_encoder_decoders_are_refused() -> None:
-    name = next(name for name, family in FAMILIES.items() if family.kind == "both")
-    family = FAMILIES[name]
-    with pytest.raises(ValueError, match="is an encoder-decoder; drafts are verified"):
-        family.build().generate(
-            family.inputs(rows=1)["input_ids"], max_new_tokens=3, custom_generate=Verifying(_Says(Draft([1])))
-        )
 
 
 def test_the_dictionary_form_carries_the_cache() -> None:

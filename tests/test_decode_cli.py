@@ -4,6 +4,7 @@ import json
 
 import pytest
 from command_line import WORDS, run, tiny_decoder
+from test_docs import keys
 
 import headwise as hw
 from headwise.data.requests import COPYING, OPEN, Request, copying, open_ended
@@ -36,6 +37,7 @@ def test_generate_says_the_same_with_every_draft(capsys, folder, opened, tmp_pat
             words = ("generate", folder, "--prompt", WHOLE, "--draft", draft, "--tokens", 12, "--json", *more)
             found = json.loads(run(capsys, *words).out)
             texts[draft, more] = found["text"]
+            assert sorted(found) == sorted(keys("headwise generate --json"))
             assert found["tokens"] == 12 and (found["drafted"] == 0) == (draft == "none")
     assert len(set(texts.values())) == 1
     shown = run(capsys, "generate", folder, "--prompt", WHOLE, "--draft", "prompt_lookup", "--tokens", 12)
@@ -69,6 +71,7 @@ def test_bench_measures_drafts(capsys, folder, tmp_path, monkeypatch):
     rows = json.loads(found.out)
     assert set(rows) == {"repeats a text", "does not"}
     for kind in rows.values():
+        assert sorted(kind[0]) == sorted(keys("headwise generate --json", 1))
         assert [row["name"] for row in kind] == ["greedy", "prompt lookup (transformers)", "decode.copyspec"]
         assert all(row["same"] == 1 and row["tokens"] == 48 for row in kind)
     monkeypatch.setenv("COLUMNS", "200")  # a narrow table wraps its heads

@@ -1,24 +1,19 @@
 """Every intervention equals a naive twin: own hooks, edited weights, a mask written by hand."""
 
 import copy
-import sys
 
 import pytest
 import torch
+from doing import HEAD, close, run, values
 from families import ALL, FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwise.anatomy import anatomy
-from headwise.do import Add, Cut, Freeze, Mean, Patch, Project, Resample, Scale, Zero, do
+from headwise.do import Add, Mean, Patch, Project, Resample, Scale, Zero, do
 from headwise.tap import tap
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-HEAD = 8
-
-
-def close(left, right, tolerance=1e-4):
-    torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +24,6 @@ def llama():
 @pytest.fixture
 def inputs():
     return FAMILIES["llama"].inputs()
-
-
-def run(model, inputs, *interventions):
-    with torch.no_grad(), do(model, *interventions):
-        return model(**inputs)[0]
-
-
-def values(model, inputs, *sites):
-    with torch.no_grad(), tap(model, *sites) as t:
-        model(**inputs)
-    return t
 
 
 def with_input_hook(model, module, edit, inputs):
@@ -185,120 +169,6 @@ def test_interventions_on_one_head(llama, inputs, site, what):
     close(run(llama, inputs, make(site)), naive(llama, kind, edit, inputs))
 
 
-def eager_twin(monkeypatch, edit):
-    """A llama whose own eager attention hands q, k, v, scores and pattern of layer 1 to `edit`."""
-    model = FAMILIES["llama"].build("eager")
-    file = sys.modules[type(model).__module__]
-
-    def attend(module, q, k, v, mask, scaling, **_):
-        def see(kind, value):
-            return edit(kind, value) if module.layer_idx == 1 else value
-
-        q, k, v = see("q", q), see("k", k), see("v", v)
-        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        scores = see("scores", q @ k.mT * scaling + mask)
-        pattern = see("pattern", scores.softmax(-1))
-        return (pattern @ v).transpose(1, 2), pattern
-
-    monkeypatch.setattr(file, "eager_attention_forward", attend)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["q", "k", "v", "scores", "pattern"])
-@pytest.mark.parametrize("what", ["zero", "scale", "patch", "head", "rows"])
-def test_interventions_inside_attention(llama, inputs, kind, what, monkeypatch):
-    source = values(llama, FAMILIES["llama"].inputs(seed=1), kind)[f"L1.{kind}"]
-    letter = "G" if kind in "kv" else "H"
-    edits = {
-        "zero": (Zero(f"L1.{kind}"), torch.zeros_like),
-        "scale": (Scale(f"L1.{kind}", 0.5, positions=[2, -1]), None),
-        "patch": (Patch(f"L1.{kind}", source), lambda v: source),
-        "head": (Patch(f"L1.{letter}1.{kind}", source[:, 1]), None),
-        "rows": (Zero(f"L1.{kind}", rows=[1]), None),
-    }
-    one, change = edits[what]
-    ours = run(llama, inputs, one)
-
-    def edit(passing, value):
-        if passing != kind:
-            return value
-        if change is not None:
-            return change(value)
-        new = value.clone()
-        if what == "scale":
-            new[:, :, [2, -1]] *= 0.5
-        elif what == "head":
-            new[:, 1] = source[:, 1]
-        else:
-            new[1] = 0
-        return new
-
-    twin = eager_twin(monkeypatch, edit)
-    with torch.no_grad():
-        close(ours, twin(**inputs)[0])
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_cut_equals_a_mask_by_hand(llama, padded, monkeypatch):
-    inputs = FAMILIES["llama"].inputs(padded=padded)
-    ours = run(llama, inputs, Cut("L1", keys=[5, -2], queries=[6, 9]), Cut("L1.H2", keys=[7], rows=[0]))
-
-    def edit(kind, value):
-        if kind == "scores":
-            value = value.clone()
-            for query in (6, 9):
-                value[:, :, query, [5, 8]] = -torch.inf
-            value[0, 2, :, 7] = -torch.inf
-        return value
-
-    twin = eager_twin(monkeypatch, edit)
-    real = inputs.get("attention_mask", torch.ones(3, 10)).bool()
-    with torch.no_grad():
-        close(ours[real], twin(**inputs)[0][real])
-
-
-def test_a_query_with_nothing_left_to_see_takes_nothing(llama, inputs):
-    with torch.no_grad(), do(llama, Cut("L1.H1", keys=[0, 1, 2])), tap(llama, "L1.z", "L1.pattern") as t:
-        llama(**inputs)
-    assert torch.equal(t["L1.z"][:, :3, 1], torch.zeros(3, 3, HEAD))
-    close(t["L1.pattern"][:, 1, 3:].sum(-1), torch.ones(3, 7))
-    assert t["L1.pattern"][:, 1, :, :3].abs().max() == 0 and (t["L1.z"][:, :3, 0] != 0).all()
-
-
-def test_cut_survives_a_head_that_saw_only_what_is_cut(llama, inputs):
-    """A pattern so sharp that nothing else is left in float32: cutting after the softmax would give zero."""
-    with torch.no_grad(), do(llama, Scale("L1.q", 500.0)), tap(llama, "L1.pattern") as sharp:
-        llama(**inputs)
-    key = int(sharp["L1.pattern"][0, 0, -1].argmax())
-    with torch.no_grad(), do(llama, Scale("L1.q", 500.0), Cut("L1.H0", keys=[key])), tap(llama, "L1.pattern") as t:
-        llama(**inputs)
-    close(t["L1.pattern"][0, 0, -1].sum(), torch.tensor(1.0))
-    assert t["L1.pattern"][0, 0, -1, key] == 0
-
-
-def test_cut_with_a_sink_leaves_the_sink_its_share():
-    family = FAMILIES["gpt_oss"]
-    model, inputs = family.build(), family.inputs()
-    with torch.no_grad():
-        anatomy(model).layer(1).attention.sinks.normal_()
-    with torch.no_grad(), do(model, Cut("L1", keys=[8], queries=[9])), tap(model, "L1.pattern", "L1.scores") as t:
-        model(**inputs)
-    sinks = anatomy(model).layer(1).attention.sinks
-    scores = torch.cat([t["L1.scores"][:, :, 9], sinks.expand(3, -1)[..., None]], -1).clone()
-    scores[..., 8] = -torch.inf
-    close(t["L1.pattern"][:, :, 9], scores.softmax(-1)[..., :-1])
-
-
-def test_freeze_keeps_the_pattern_of_another_run(llama, inputs):
-    other = FAMILIES["llama"].inputs(seed=1)
-    clean = values(llama, other, "pattern")
-    with torch.no_grad(), do(llama, Freeze("L1.H2", clean), Freeze("L0", clean)), tap(llama, "pattern") as t:
-        llama(**inputs)
-    close(t["L1.H2.pattern"], clean["L1.H2.pattern"])
-    close(t["L0.pattern"], clean["L0.pattern"])
-    assert not torch.allclose(t["L1.H1.pattern"], clean["L1.H1.pattern"], atol=1e-3)
-
-
 def test_resample_takes_other_rows(llama, inputs):
     own = values(llama, inputs, "L1.z")["L1.z"]
     with torch.no_grad(), do(llama, Resample("L1.H2", seed=3)), tap(llama, "L1.z") as t:
@@ -405,116 +275,6 @@ def test_gradients_by_finite_difference(site):
     step[at] = 1e-2  # norms and softmax run in float32 also in a float64 model
     up, down = (run(model, inputs, Add(site, sign * step))[:, -1, 3].sum() for sign in (1, -1))
     close(slope[at], (up - down) / 2e-2, 5e-3)
-
-
-def without_cache(model, inputs, steps, *interventions):
-    """Greedy tokens, each from a whole pass over prompt and answer so far. The caller gives absolute positions."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    logits = []
-    for _ in range(steps):
-        more = {} if mask is None else {"attention_mask": mask}
-        if mask is not None:
-            more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        with torch.no_grad(), do(model, *interventions):
-            out = model(input_ids=ids, **more).logits[:, -1]
-        logits.append(out)
-        ids = torch.cat([ids, out.argmax(-1, keepdim=True)], 1)
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return ids, torch.stack(logits, 1)
-
-
-def generated(model, inputs, steps, *interventions, **options):
-    with torch.no_grad(), do(model, *interventions):
-        out = model.generate(
-            **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True,
-            eos_token_id=None, pad_token_id=0, **options,
-        )  # fmt: skip
-    return out.sequences, torch.stack(out.logits, 1)
-
-
-DONE = {
-    "zero": lambda s: [Zero(f"L{s}.H1")],
-    "prompt": lambda s: [Zero(f"L{s}.H1", positions=[0, 9]), Scale("L1.resid_post", 1.5, positions=[4])],
-    "generated": lambda s: [Zero(f"L{s}.H2", positions=[11, 12])],
-    "inside": lambda s: [
-        Scale(f"L{s}.q", 2.0),
-        Scale(f"L{s}.G0.k", 0.5),
-        Add(f"L{s}.G1.v", torch.ones(1), positions=[2, 11]),
-    ],
-    "cut": lambda s: [Cut(f"L{s}", keys=[8, 9, 11], rows=[0, 2])],
-    "stream": lambda s: [Add(f"L{s}.resid_mid", torch.linspace(-1, 1, 32)), Zero(f"L{s}.mlp", rows=[1])],
-    "before": lambda s: [Scale(f"L{s}.q_pre", 0.5), Scale(f"L{s}.k_pre", 2.0, positions=[3, 10])],
-}
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("what", DONE)
-@pytest.mark.parametrize(
-    "name", ["llama", "mistral", "gemma2", "qwen3", "gpt2", "gpt_oss", "qwen3_5", "opt", "deepseek_v3"]
-)
-def test_generation_equals_recomputing_everything(name, what, padded):
-    family = FAMILIES[name]
-    model, inputs = family.build(), family.inputs(padded=padded)
-    body = anatomy(model)
-    layer = body.layers[-1]
-    if what == "before" and not body.offers("k_pre"):
-        return
-    interventions = DONE[what](layer)
-    ids, logits = generated(model, inputs, 4, *interventions)
-    slow, twin = without_cache(model, inputs, 4, *interventions)
-    close(logits, twin, 1e-3)
-    assert torch.equal(ids, slow)
-    with torch.no_grad():
-        assert not torch.allclose(logits, generated(model, inputs, 4)[1], atol=1e-3)
-
-
-def test_generation_with_a_static_cache_and_negative_positions(llama, inputs):
-    asked = [Zero("L1.H1", positions=[-1]), Cut("L1.H2", keys=[-3, 11]), Scale("L0.G1.v", 2.0, positions=[-2, 11])]
-    absolute = [Zero("L1.H1", positions=[9]), Cut("L1.H2", keys=[7, 11]), Scale("L0.G1.v", 2.0, positions=[8, 11])]
-    ids, twin = without_cache(llama, inputs, 4, *absolute)
-    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
-        close(generated(llama, inputs, 4, *asked, **options)[1], twin, 1e-3)
-
-
-def test_a_past_made_before_the_block(llama, inputs):
-    ids = inputs["input_ids"]
-    with torch.no_grad():
-        past = llama(input_ids=ids[:, :6], use_cache=True).past_key_values
-        with do(llama, Zero("L1.H1", positions=[-1, 7])):
-            ours = llama(input_ids=ids[:, 6:], past_key_values=past).logits
-    close(ours, run(llama, inputs, Zero("L1.H1", positions=[9, 7]))[:, 6:])
-
-
-@pytest.mark.parametrize("name", ["llama", "t5", "bart", "mistral"])
-def test_beam_search_runs(name):
-    family = FAMILIES[name]
-    model, inputs = family.build(), family.inputs(padded=True)
-    inputs.pop("decoder_input_ids", None)
-    with torch.no_grad(), do(model, Zero("L1.H1"), Scale("L0.mlp", 0.5, positions=[-1]), Cut("L1", keys=[0])):
-        out = model.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
-    assert len(out) == 3
-
-
-@pytest.mark.parametrize("name", ["t5", "bart"])
-def test_generation_of_encoder_decoders(name):
-    family = FAMILIES[name]
-    model, inputs = family.build(), family.inputs()
-    start = inputs.pop("decoder_input_ids")[:, :2]
-    start[:, 0] = model.config.decoder_start_token_id
-    one = [Zero("L1.H1", positions=[1, 3]), Scale("enc.L0.H2", 2.0, positions=[-1]), Cut("cross.L1.H0", keys=[2, -1])]
-    with torch.no_grad(), do(model, *one):
-        ids = model.generate(**inputs, decoder_input_ids=start, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        again = model(**inputs, decoder_input_ids=ids[:, :-1]).logits
-    # Forced and forbidden tokens aside, every step must choose what the whole pass chooses.
-    chosen = again.clone()
-    chosen[..., 2 if name == "bart" else 1] = -torch.inf
-    assert torch.equal(chosen.argmax(-1)[:, start.shape[1] - 1 : ids.shape[1] - 1], ids[:, start.shape[1] :])
-
-
-def test_freeze_under_generation(llama, inputs):
-    clean = values(llama, FAMILIES["llama"].inputs(seed=1), "L1.pattern")
-    _, twin = without_cache(llama, inputs, 4, Freeze("L1.H1", clean))
-    close(generated(llama, inputs, 4, Freeze("L1.H1", clean))[1], twin, 1e-3)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -157,6 +157,11 @@ def first(title: str, number: int = 0) -> list[str]:
     return [row[0] for row in table(title, number)]
 
 
+def keys(title: str, number: int = 0) -> list[str]:
+    """The keys of a table in which some rows explain several."""
+    return [key for cell in first(title, number) for key in re.findall(r"\w+", cell)]
+
+
 def schema(frame: pl.DataFrame) -> list[list[str]]:
     return [[name, str(kind)] for name, kind in frame.schema.items()]
 

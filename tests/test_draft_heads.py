@@ -6,6 +6,7 @@ import pytest
 import torch
 from chances import START, flatter, p_value, too_willing
 from families import FAMILIES, VOCAB
+from test_docs import keys
 from typer.testing import CliRunner
 
 from headwise import accepting, draft_training
@@ -277,6 +278,7 @@ def test_heads_are_trained_and_used_from_the_command_line(folder, tmp_path):
     first = CliRunner().invoke(app, asked)
     assert first.exit_code == 0, first.output
     facts = json.loads(first.stdout)
+    assert list(facts) == keys("headwise draft train --json")
     assert facts["method"] == "clover" and len(facts["losses"]) == 4 and len(facts["right"]) == 4
     again = json.loads(CliRunner().invoke(app, asked).stdout)
     assert again == facts, "a finished run is not made again"

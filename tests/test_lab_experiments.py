@@ -9,6 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from command_line import refused, run
+from synthetic_atlas import score_table
+from test_docs import ROOT, blocks, first, schema, table
 from transformers import Trainer, TrainingArguments
 
 from headwise import lab
@@ -22,9 +25,6 @@ from headwise.lab.clamped_induction import CLAMPS
 from headwise.measuring import measured
 from headwise.method import catalogue, load
 from headwise.score import Score
-from tests.synthetic_atlas import score_table
-from tests.test_cli import refused, run
-from tests.test_docs import ROOT, blocks, first, schema, table
 
 LESSON = FewShotLabels(classes=20, dim=8)
 CONFIG = TinyConfig(**LESSON.config(layers=2, heads=4, width=16))
@@ -109,6 +109,7 @@ def test_runs_of_one_seed_are_paired_and_go_on_in_a_folder(tmp_path):
     alone = train(CONFIG, LESSON, SHORT, match, seed=2)
     assert found.runs["match, all"][2].losses == alone.losses
     kept = lab.Comparison.load(tmp_path)
+    assert kept.goal is None
     assert kept.seeds == [1, 2] and kept.tape("none", 2).rows == found.tape("none", 2).rows
     first, second = found.time_to("loss", below=10.0)
     assert first.times == [0.0, 0.0] and first.name == "none" and second.wins == 0
@@ -135,6 +136,7 @@ def test_two_processes_give_the_curves_of_one():
 def test_the_commands_of_the_lab(capsys, tmp_path, monkeypatch):
     listed = json.loads(run(capsys, "lab", "ls", "--json").out)
     assert {"lab.clamped_induction", "lab.abrupt_icl"} <= {row["name"] for row in listed}
+    assert list(listed[0]) == first("headwise ls --json") + first("headwise lab ls --json")
     assert "clamped_induction" in run(capsys, "lab", "ls").out
 
     conditions = lab.ClampedInduction.conditions
@@ -158,7 +160,12 @@ def test_the_commands_of_the_lab(capsys, tmp_path, monkeypatch):
     assert "times sooner than 'none'" in run(capsys, *words).out
     kept = json.loads(run(capsys, "lab", "compare", tmp_path, "--metric", "accuracy", "--above", 0.0, "--json").out)
     assert [row["condition"] for row in kept] == ["none", "match"] and len(kept[0]["times"]) == 2
-    assert "seeds sooner" in run(capsys, "lab", "compare", tmp_path).out
+    assert {*kept[0], "loss"} == set(done["conditions"][0])
+    goal = f"loss is below {lab.ClampedInduction.goal[2]:.3g}"
+    assert goal in run(capsys, "lab", "compare", tmp_path).out
+    assert goal in run(capsys, "lab", "compare", tmp_path, "--metric", "loss").out
+    refused(run(capsys, "lab", "compare", tmp_path, "--metric", "accuracy"), "When is accuracy done? Nothing here says")
+    refused(run(capsys, "lab", "compare", tmp_path, "--below", 1.0, "--above", 0.1), "were both given")
     refused(
         run(capsys, "lab", "run", "clamped_inductions"), "There is no experiment", "Did you mean 'clamped_induction'"
     )

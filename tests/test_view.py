@@ -1,9 +1,8 @@
-"""The report and the widgets: what they hold of an atlas, and what they refuse."""
+"""The report: what it holds of an atlas, and what it leaves out with the reason."""
 
 import dataclasses
 import json
 import re
-import sys
 import zlib
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -25,13 +24,10 @@ from synthetic_atlas import (
 )
 
 from headwise.atlas import Atlas
-from headwise.claim import ROLES, Claim, Rung
 from headwise.score import Score
-from headwise.view import report, words
+from headwise.view import report
 from headwise.view.gather import gather
 from headwise.view.training import phase
-
-PALETTE = json.loads((Path(report.__file__).parent / "palette.json").read_text(encoding="utf-8"))
 
 
 class Page(HTMLParser):
@@ -288,56 +284,6 @@ def test_numbers_that_are_none_arrive_as_null(tmp_path):
     assert score["value"] == [None, None, 0.5] and score["about"]["threshold"] is None
 
 
-def rung(step: str, passed: bool) -> Rung:
-    return Rung(step, "score", 0.5, 0.4, 0.6, 0.1, 0.01, 0.02, 20, 0.5, passed)
-
-
-def sentence(verdict: str, *rungs: Rung, role: str = "induction") -> str:
-    head = {"unit": "L5.H1", "role": role if verdict == "proved" else "unknown", "verdict": verdict}
-    return words.head_sentence(head, [Claim("L5.H1", role, verdict, list(rungs))])
-
-
-def test_a_sentence_says_no_more_than_the_evidence():
-    seen, needed, enough = (rung(step, True) for step in ("seen", "needed", "enough"))
-    assert sentence("proved", seen, needed, enough) == "L5.H1 is an induction head: proved (needed, enough)."
-    assert sentence("proved", needed, role="sink") == "L5.H1 is a sink head: proved (needed)."
-    assert sentence("unknown", seen, rung("needed", False)) == "L5.H1 is unknown; looks like an induction head (seen)."
-    assert (
-        sentence("refuted", seen, rung("needed", False), rung("enough", False))
-        == "L5.H1 is not an induction head (not needed and not enough): refuted."
-    )
-    assert sentence("unknown", rung("needed", False)) == "L5.H1 is unknown: no test singles it out."
-
-
-def test_the_summary_counts_add_up():
-    heads = [{"role": "induction", "verdict": "proved"}] * 2 + [{"role": "sink", "verdict": "proved"}]
-    heads += [{"role": "unknown", "verdict": "unknown"}] * 4 + [{"role": "induction", "verdict": "refuted"}]
-    expected = "3 of 8 heads are proved: 2 induction and 1 sink. 1 was tested and refuted. 4 are unknown."
-    assert words.summary_sentence(heads) == expected
-
-
-def test_a_head_that_only_looks_like_a_role_is_drawn_with_it(atlas):
-    heads = {head["unit"]: head for head in gather(atlas)["heads"]}
-    assert (heads["L6.H1"]["role"], heads["L6.H1"]["verdict"]) == ("previous token", "unknown")
-    assert (heads["L4.H7"]["role"], heads["L4.H7"]["verdict"]) == ("induction", "refuted")
-
-
-def test_the_code_of_a_score_is_python_that_names_its_method(atlas):
-    code = words.score_code(atlas.score("induction_stripe"))
-    compile(code, "score", "exec")
-    assert 'load("data.repeated")().make(tokenizer, n=100, seed=0)' in code
-    assert 'load("heads.induction")().score(model, batch)' in code
-    assert words.score_code(Score("x", score_table([(0, 0)], np.array([1.0])), about={"method": "by hand"})) == ""
-
-
-def test_the_code_takes_the_prompts_that_were_used():
-    task = {"task": "data.needle", "version": 1, "n": 12, "seed": 3, "length": 500, "part": "rows 6 to 11", "rows": 6}
-    about = {"method": {"name": "heads.retrieval", "fields": {"gate": 0.5}}, "task": task, "model": "m/x"}
-    code = words.score_code(Score("retrieval", score_table([(0, 0)], np.array([1.0])), about=about))
-    assert 'batch = load("data.needle")(length=500).make(tokenizer, n=12, seed=3).take(slice(6, 12))' in code
-    assert "open_model('m/x')" in code and 'load("heads.retrieval")(gate=0.5)' in code
-
-
 def test_writing_leaves_the_old_report_when_it_fails(atlas, tmp_path, monkeypatch):
     out = report.write(atlas, tmp_path / "deep" / "report.html")
     before = out.read_bytes()
@@ -351,73 +297,3 @@ def test_a_package_without_built_files_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "STATIC", tmp_path)
     with pytest.raises(ValueError, match=r"report\.js is missing\. Run `make web`"):
         report.built("report.js")
-
-
-def test_every_role_has_a_colour_and_a_mark_of_its_own():
-    roles = PALETTE["roles"]
-    assert list(roles) == [role.name for role in ROLES] + ["unknown"]
-    looks = [(entry["colour"], entry["barred"]) for name, entry in roles.items() if name != "unknown"]
-    marks = [entry["mark"] for entry in roles.values()]
-    assert len(set(looks)) == len(looks) and len(set(marks)) == len(marks)
-
-
-def contrast(one: str, two: str) -> float:
-    def light(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-    high, low = sorted((light(one), light(two)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("ink", ["text", "quiet", "accent", "passed", "failed"])
-def test_text_reads_on_every_ground(theme, ink):
-    page = PALETTE["page"][theme]
-    assert min(contrast(page[ink], page[ground]) for ground in ("ground", "panel", "sunk")) >= 4.5
-    assert contrast(page["text"], page["attend"]) >= 4.5
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_kind_of_cache_has_a_shape_of_its_own_and_stands_out(theme):
-    kinds, page = PALETTE["caches"].values(), PALETTE["page"][theme]
-    assert len({kind["glyph"] for kind in kinds}) == len({kind["colour"] for kind in kinds}) == len(kinds)
-    assert min(contrast(page[kind["colour"]], page["panel"]) for kind in kinds) >= 3
-
-
-@pytest.mark.parametrize("name", ["sequential", "diverging"])
-def test_colour_maps_are_even(name):
-    lights = [contrast(colour, "#000000") for colour in PALETTE[name]]
-    rising = np.diff(lights)
-    if name == "sequential":
-        assert (rising > 0).all()
-    else:
-        middle = len(lights) // 2
-        assert (rising[: middle - 1] > 0).all() and (rising[middle + 1 :] < 0).all()
-
-
-def test_widgets_show_the_same_data(atlas):
-    widgets = pytest.importorskip("headwise.view.widgets")
-    made = widgets.HeadMap(atlas, unit="L5.H1", colour="induction_stripe")
-    assert made.data == gather(atlas) and (made.unit, made.colour) == ("L5.H1", "induction_stripe")
-    more = widgets.PatternView(atlas, prompt="code"), widgets.Tradeoffs(atlas), widgets.Circuit(atlas, "ioi")
-    more += (widgets.Training(atlas),)
-    for widget in (made, widgets.HeadCard(atlas), *more):
-        assert re.search(r"export\s*{[^}]*\bas default\b", str(widget._esm))
-        assert ".hw" in str(widget._css)
-        widget.close()
-
-
-def test_widgets_name_what_is_wrong(atlas, monkeypatch):
-    from headwise.view import widgets
-
-    with pytest.raises(ValueError, match=r"no head 'L99\.H1'; it has 72, such as L0\.H0"):
-        widgets.HeadCard(atlas, unit="L99.H1")
-    with pytest.raises(ValueError, match="has no graph 'nothing'; it has ioi, torn, why-mary-john-0a1b2c"):
-        widgets.Circuit(atlas, "nothing")
-    monkeypatch.setitem(sys.modules, "anywidget", None)
-    widgets._widget_class.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install 'headwise\[view\]'"):
-        widgets.HeadMap(atlas)
-    widgets._widget_class.cache_clear()
