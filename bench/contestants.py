@@ -1,10 +1,13 @@
 """The contestants. Each takes (job, model folder, tensors), opens the model, and serves orders until told to end.
 
 Jobs: "reads" (z and resid_post of all layers), "patterns", "scan_last" (zero one head, log-probability of the answer in
-the last column), "scan_all" (the same, mean over all columns). tensors: ids [B, T].
+the last column), "scan_all" (the same, mean over all columns). tensors: ids [B, T]. "answers" goes on from prompts.
 """
 
+import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -265,3 +268,93 @@ def nnsight(job: str, folder: str, tensors: dict[str, Tensor]) -> None:
     if job.startswith("scan"):
         _serve_scan(run)
     _serve(patterns if job == "patterns" else read, lambda groups: _sums(*groups))
+
+
+def _serve_answers(tensors: dict[str, Tensor], ways: dict[str, Callable[[Tensor, Tensor], list[Tensor]]]) -> None:
+    """Answer the rows that an order names in the way that it names: {"way", "rows"}; told are the new tokens.
+
+    tensors: ids [N, T], padded on the left, and their mask.
+    """
+    while True:
+        order = json.loads(await_order())
+        ids, mask = (tensors[name][slice(*order["rows"])] for name in ("ids", "mask"))
+        widest = int(mask.sum(1).max())
+        said = ways[order["way"]](ids[:, -widest:], mask[:, -widest:])
+        answer([one.tolist() for one in said])
+
+
+def _rows(ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """Prompts without their padding."""
+    return [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
+
+
+def headwise_drafts(job: str, folder: str, tensors: dict[str, Tensor]) -> None:
+    """Plain greedy generation and CopySpec of a padded batch; and plain generation of each row by itself."""
+    from headwise.decode import CopySpec
+    from headwise.models import open_model
+    from headwise.packing import Packed
+
+    model, how = open_model(folder)[0], {"max_new_tokens": int(tensors["most"]), "do_sample": False}
+    try:
+        packed = Packed(model)
+    except ValueError:  # a processor for which there is nothing to pack
+        packed = nullcontext()
+
+    def plain(ids: Tensor, mask: Tensor) -> list[Tensor]:
+        return list(model.generate(ids, attention_mask=mask, **how)[:, ids.shape[1] :])
+
+    def alone(ids: Tensor, mask: Tensor) -> list[Tensor]:
+        return [plain(row[None], torch.ones_like(row)[None])[0] for row in _rows(ids, mask)]
+
+    def drafted(method: CopySpec, weights: AbstractContextManager, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        with weights:
+            return list(method.generate(model, ids, attention_mask=mask, **how).ids[:, ids.shape[1] :])
+
+    ways = {"greedy": plain, "greedy, row by row": alone}
+    for name, weights in (("", nullcontext()), (", packed", packed)):
+        ways[f"CopySpec{name}"] = partial(drafted, CopySpec(), weights)
+        ways[f"CopySpec, 6 tokens{name}"] = partial(drafted, CopySpec(tokens=6), weights)
+    _serve_answers(tensors, ways)
+
+
+def economize(job: str, folder: str, tensors: dict[str, Tensor]) -> None:
+    """Its batches without drafts, and with prompt lookup: as it comes, with longer drafts, and after runs of three."""
+    import economize as peer
+    from economize.techniques.lookup import LookupConfig
+
+    base, most = _open(folder), int(tensors["most"])
+    ends = base.generation_config.eos_token_id
+    usual, runs = (peer.apply(base, LookupConfig(min_ngram=least)) for least in (1, 3))
+
+    def way(model, cycle: int) -> Callable[[Tensor, Tensor], list[Tensor]]:
+        how = {"decoding": peer.DecodeConfig(cycle_length=cycle), "stop": ends}
+        return lambda ids, mask: [one.tokens for one in model.decode_batch(_rows(ids, mask), most, **how)]
+
+    _serve_answers(
+        tensors,
+        {
+            "greedy": way(usual, 1),
+            "lookup, 3 tokens": way(usual, 4),
+            "lookup, 10 tokens": way(usual, 11),
+            "lookup, 24 tokens after runs of 3": way(runs, 25),
+        },
+    )
+
+
+def dejavuu(job: str, folder: str, tensors: dict[str, Tensor]) -> None:
+    """Its CopySpec as it comes, on transformers; row by row, as it knows no batches."""
+    from dejavuu.core.engine import generate
+    from dejavuu.decoders.hf import HFBackend
+    from dejavuu.drafters import make_drafter
+
+    model = HFBackend(folder, device="cpu", dtype="float32", attn_implementation="sdpa", emit_hidden=False)
+    ends, most = model._model.generation_config.eos_token_id, int(tensors["most"])
+
+    def run(ids: Tensor, mask: Tensor) -> list[Tensor]:
+        rows = [row.tolist() for row in _rows(ids, mask)]
+        return [torch.tensor(generate(model, row, most, make_drafter("copyspec"), eos=ends).tokens) for row in rows]
+
+    _serve_answers(tensors, {"copyspec": run})
+
+
+dejavuu_older = dejavuu

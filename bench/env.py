@@ -20,9 +20,18 @@ PEERS = {
     # It asks for TransformerLens 1.13 or later, and the HookedTransformer that it imports is gone since 4.0; it imports
     # `attr` without asking for it.
     "auto_circuit": "auto-circuit==1.0.1 transformer-lens==3.8.0 attrs",
+    "economize": "economize==0.3.2",
+    "dejavuu": "transformers huggingface_hub numpy pydantic rich tqdm typer loguru onnxruntime",
+    "dejavuu_older": "transformers==5.2.0 huggingface_hub numpy pydantic rich tqdm typer loguru onnxruntime",
 }
+# It asks for Python 3.13, though nothing in it needs that: installed by itself, behind what it needs. With the newest
+# transformers it cannot take tokens back.
+BY_ITSELF = {name: "dejavuu==0.2.0" for name in ("dejavuu", "dejavuu_older")}
+# These get the versions that headwise has.
+PINNED = {name: str(Path(__file__).parent.parent / "constraints.txt") for name in ("economize", "dejavuu")}
 SHOWN = (
-    "torch", "transformers", "transformer-lens", "nnsight", "kvpress", "circuitkit", "auto-circuit", "numpy",
+    "torch", "transformers", "transformer-lens", "nnsight", "kvpress", "circuitkit", "auto-circuit", "economize",
+    "dejavuu", "numpy",
 )  # fmt: skip
 
 
@@ -40,16 +49,25 @@ def python_of(peer: str, envs: Path) -> str:
         return sys.executable
     place = envs / peer
     python, made = place / "bin" / "python", place / ".made"
-    if not made.exists() or made.read_text() != PEERS[peer]:
+    wanted = " ".join([PEERS[peer], *([BY_ITSELF[peer]] if peer in BY_ITSELF else [])])
+    if not made.exists() or made.read_text() != wanted:
         if not made.exists():
             envs.mkdir(parents=True, exist_ok=True)
             venv.create(place, with_pip=True, clear=True)
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        done = subprocess.run([*pip, TORCH, *PEERS[peer].split()], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{PEERS[peer]} could not be installed:\n{done.stderr[-2000:]}")
-        made.write_text(PEERS[peer])
+        pinned = ["-c", PINNED[peer]] if peer in PINNED else []
+        _install(python, [*pinned, TORCH, *PEERS[peer].split()])
+        if peer in BY_ITSELF:
+            _install(python, ["--no-deps", "--ignore-requires-python", BY_ITSELF[peer]])
+        made.write_text(wanted)
     return str(python)
+
+
+def _install(python: Path, words: list[str]) -> None:
+    """Let pip install what the words say; ends with what pip said where it could not."""
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    done = subprocess.run([*pip, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} could not be installed:\n{done.stderr[-2000:]}")
 
 
 def versions(python: str) -> dict[str, str]:
