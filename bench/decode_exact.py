@@ -1,14 +1,16 @@
 """Are texts with drafts the texts without, token for token, in float32? Each drafter x cache x batch.
 
-python bench/decode_exact.py writer [--prompts 200] [--tokens 64]
+python bench/decode_exact.py writer [--prompts 200] [--tokens 64] [--caches duo pages ...]
     on a small writer of real text that is trained here: every drafter, trained draft heads among them, with every
     cache, one text at a time and in ragged batches of 4; writes bench/results/decode_exact.json
 python bench/decode_exact.py default [--prompts 200] [--tokens 64]
     on the default model with transformers' own cache: the drafters that need no training; writes
     bench/results/decode_same.json
+Each cache is saved when it is done; with --caches only these run, and what is known of the others is kept.
 """
 
 import argparse
+import json
 import random
 import tempfile
 from collections.abc import Iterator
@@ -94,9 +96,9 @@ def identical(model, method: DraftMethod, ids: torch.Tensor, plain: torch.Tensor
 
 def count(name: str, model, drafts: dict[str, DraftMethod], caches: dict, prompts: list[list[int]], pad: int, tokens):
     """Identical texts, for each drafter, cache and batch; saved after each cache and batch."""
-    rows = []
     bar = tqdm(total=len(caches) * len(SIZES) * len(prompts), desc=name)
     for cache, treatment in caches.items():
+        rows = []
         for size in SIZES:
             same = dict.fromkeys(drafts, 0)
             for ids, mask in chunks(prompts, size, pad):
@@ -110,11 +112,17 @@ def count(name: str, model, drafts: dict[str, DraftMethod], caches: dict, prompt
                 {"cache": cache, "batch": size, "drafter": drafter, "texts": len(prompts), "identical": found}
                 for drafter, found in same.items()
             ]
-            about = {"machine": machine.facts(), "versions": race.particulars_of_ours(), "how": {"tokens": tokens}}
-            race.save(name, {**about, "rows": rows})
+        about = {"machine": machine.facts(), "versions": race.particulars_of_ours(), "how": {"tokens": tokens}}
+        race.save(name, {**about, "rows": [*(row for row in known(name) if row["cache"] != cache), *rows]})
 
 
-def with_writer(prompts: int, tokens: int) -> None:
+def known(name: str) -> list[dict]:
+    """What was counted before."""
+    file = race.RESULTS / f"{name}.json"
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
+
+
+def with_writer(prompts: int, tokens: int, caches: list[str]) -> None:
     """All of it on the small writer."""
     model, text, held = writer()
     draw, pick = random.Random("decode exact"), torch.Generator().manual_seed(2)
@@ -123,10 +131,10 @@ def with_writer(prompts: int, tokens: int) -> None:
     heads = decode.HeadCopying(heads=tuple(f"L{layer}.H{head}" for layer in (1, 2) for head in range(3)), least=0.1)
     with tempfile.TemporaryDirectory() as folder:
         drafts = untrained(heads) | trained(model, text, Path(folder))
-        count("decode_exact", model, drafts, CACHES, asked, 0, tokens)
+        count("decode_exact", model, drafts, {name: CACHES[name] for name in caches}, asked, 0, tokens)
 
 
-def with_default(prompts: int, tokens: int) -> None:
+def with_default(prompts: int, tokens: int, _: list[str]) -> None:
     """Transformers' own cache on the default model; half of the answers repeat a text."""
     model, tokenizer = open_model()
     drafts = untrained(with_heads(decode.HeadCopying(), model, tokenizer))
@@ -144,8 +152,9 @@ def main() -> None:
     parser.add_argument("model", choices=jobs)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=[*CACHES], help="writer: which ones")
     given = parser.parse_args()
-    jobs[given.model](given.prompts, given.tokens)
+    jobs[given.model](given.prompts, given.tokens, given.caches)
 
 
 if __name__ == "__main__":
