@@ -95,19 +95,19 @@ def identical(model, method: DraftMethod, ids: torch.Tensor, plain: torch.Tensor
 
 
 def count(name: str, model, drafts: dict[str, DraftMethod], caches: dict, prompts: list[list[int]], pad: int, tokens):
-    """Identical texts, for each drafter, cache and batch; saved after each cache and batch."""
+    """Identical texts, for each drafter, cache and batch; saved after each cache."""
     bar = tqdm(total=len(caches) * len(SIZES) * len(prompts), desc=name)
     for cache, treatment in caches.items():
         rows = []
         for size in SIZES:
             same = dict.fromkeys(drafts, 0)
-            for ids, mask in chunks(prompts, size, pad):
-                how = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
-                with treated(model, treatment):
+            with treated(model, treatment):
+                for ids, mask in chunks(prompts, size, pad):
+                    how = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
                     plain = model.generate(ids, **how)
                     for drafter, method in drafts.items():
                         same[drafter] += identical(model, method, ids, plain, how)
-                bar.update(len(ids))
+                    bar.update(len(ids))
             rows += [
                 {"cache": cache, "batch": size, "drafter": drafter, "texts": len(prompts), "identical": found}
                 for drafter, found in same.items()
