@@ -72,6 +72,7 @@ def test_saved_heads_guess_the_same(name, trained, model, lesson, tmp_path):
     for one, other in zip(heads.guesses(*lesson), again.guesses(*lesson), strict=True):
         assert torch.equal(one, other)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "heads.safetensors"]
+    assert list(json.loads((tmp_path / "config.json").read_text())) == keys("Draft heads on disk")
 
 
 @pytest.mark.parametrize("name", METHODS)
