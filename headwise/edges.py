@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from headwise.anatomy import anatomy
 from headwise.direct import predicts
 from headwise.graph import Edge, read_at, written_at
-from headwise.probe import evaluating, probe_inputs
+from headwise.probe import overheard
 from headwise.site import head
 from headwise.weights import Weights
 
@@ -140,13 +140,7 @@ class _Seen:
         layers = [self.body.layer(n) for n in weights.layers]
         self.blocks = self.body.blocks[""]
         watched = [*self.norms, *(m for one in layers for m in (one.out, one.mlp)), *self.blocks.values()]
-        hooks = [m.register_forward_hook(self._note, with_kwargs=True) for m in dict.fromkeys(watched) if m is not None]
-        try:
-            with evaluating(model):
-                model(**probe_inputs(model))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        overheard(model, (m for m in dict.fromkeys(watched) if m is not None), self._note, with_kwargs=True)
         if weights.final is None:
             raise ValueError(f"This {self.body.model_type} has no norm before its unembedding; a circuit needs one.")
         self.final = weights.final.module

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from headwise import stats
 from headwise.claim import Claim, Role, Rung, role, settle
 from headwise.measuring import look
 from headwise.models import open_model
@@ -140,24 +139,9 @@ def _rung(
     tape: Tape,
     proof: Proof,
 ) -> Rung:
-    mine, start = rises[unit]
-    ordered = sorted(nulls, key=lambda one: float(rises[one][0].mean()))
-    rival = rises[ordered[int(np.ceil(0.95 * len(ordered))) - 1]][0]
-    low, high = stats.interval(mine[:, None])
-    together = with_skill(tape, part.score, unit)
-    return Rung(
-        step="grown",
-        score=f"rise of {part.score} in training",
-        value=float(mine.mean()),
-        low=float(low[0]),
-        high=float(high[0]),
-        null=float(rival.mean()),
-        p=stats.sign_flip(mine - rival, seed=proof.seed),
-        p_holm=float("nan"),
-        n=len(mine),
-        share=float(mine.mean() / max(1e-6, 1 - start)) if together else 0.0,
-        passed=False,
-    )
+    (mine, start), together = rises[unit], with_skill(tape, part.score, unit)
+    share = float(mine.mean() / max(1e-6, 1 - start)) if together else 0.0
+    return proof.rung("grown", f"rise of {part.score} in training", mine, [rises[one][0] for one in nulls], share)
 
 
 def with_skill(tape: Tape, number: str, unit: str) -> bool:

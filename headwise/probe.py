@@ -5,7 +5,7 @@ function and hooks on every module; what calls what, in which order and with whi
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -142,6 +142,21 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def overheard(model: PreTrainedModel, modules: Iterable[nn.Module], note: Callable, **how: bool) -> None:
+    """Run the probe's few tokens through the model, with `note` as a forward hook on these modules meanwhile.
+
+    Args:
+        how: options of `register_forward_hook`.
+    """
+    hooks = [module.register_forward_hook(note, **how) for module in modules]
+    try:
+        with evaluating(model):
+            model(**probe_inputs(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass

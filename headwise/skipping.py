@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from headwise.anatomy import anatomy
 from headwise.drafting import Stats
-from headwise.probe import Layer, evaluating, probe_inputs
+from headwise.probe import Layer, overheard
 from headwise.verifying import Decoded, DecodeMethod
 
 if TYPE_CHECKING:
@@ -107,13 +107,7 @@ def stack_blocks(model: PreTrainedModel, stack: str = "") -> dict[int, nn.Module
             if not isinstance(output, Tensor):
                 found.append(type(module).__name__)
 
-        hooks = [b.register_forward_hook(look) for s in body.blocks.values() for b in s.values()]
-        try:
-            with evaluating(model):
-                model(**probe_inputs(model))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        overheard(model, (block for stack in body.blocks.values() for block in stack.values()), look)
         _plain[model] = found[0] if found else ""
     if _plain[model]:
         raise ValueError(f"{_plain[model]} hands on more than the residual stream, so it cannot be passed by.")

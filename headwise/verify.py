@@ -1,6 +1,7 @@
 """The one protocol of proof: held-out prompts, exact effects, random heads of the same layers as the null."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,13 +108,23 @@ class Proof(Method):
             )
 
     def _rung(self, step: str, found: Effects, unit: str, nulls: list[str]) -> Rung:
-        mine = found.of(unit).double().numpy()
-        ordered = sorted(nulls, key=lambda u: float(found.of(u).mean()))
-        rival = found.of(ordered[math.ceil(0.95 * len(ordered)) - 1]).double().numpy()
+        mine, *others = (found.of(one).double().numpy() for one in (unit, *nulls))
+        share = float(mine.mean() / found.gap.double().mean())
+        return self.rung(step, f"{found.how} ({self.metric})", mine, others, share)
+
+    def rung(self, step: str, score: str, mine: np.ndarray, others: Sequence[np.ndarray], share: float) -> Rung:
+        """A rung that is not settled yet: what was measured of a unit, beside random units.
+
+        Args:
+            score: what was measured.
+            mine: [n] prompt by prompt. others: the same of each random unit; the one at the 95 % place is the rival.
+            share: of what there is to lose or to gain.
+        """
+        rival = sorted(others, key=lambda one: float(one.mean()))[math.ceil(0.95 * len(others)) - 1]
         low, high = stats.interval(mine[:, None])
         return Rung(
             step=step,
-            score=f"{found.how} ({self.metric})",
+            score=score,
             value=float(mine.mean()),
             low=float(low[0]),
             high=float(high[0]),
@@ -121,7 +132,7 @@ class Proof(Method):
             p=stats.sign_flip(mine - rival, seed=self.seed),
             p_holm=float("nan"),
             n=len(mine),
-            share=float(mine.mean() / found.gap.double().mean()),
+            share=share,
             passed=False,
         )
 
