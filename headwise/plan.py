@@ -134,9 +134,9 @@ class Plan:
         """Raises ValueError unless the plan is for this very model and names only heads that it has."""
         layout = layout_of(model)
         if dict(self.layout) != layout:
-            raise ValueError(
-                f"This plan was made for {self.model} with {_span(self.layout)}; {name_of(model)} has {_span(layout)}."
-            )
+            odd = next(n for n in {**self.layout, **layout} if self.layout.get(n) != layout.get(n))
+            made, found = _span(self.layout, odd), _span(layout, odd)
+            raise ValueError(f"This plan was made for {self.model} with {made}; {name_of(model)} has {found}.")
         mine = fingerprint(model)
         if self.fingerprint != mine:
             raise ValueError(
@@ -331,8 +331,9 @@ def layout_of(model: PreTrainedModel) -> dict[str, int]:
     return layout
 
 
-def _span(layout: Mapping[str, int]) -> str:
-    return f"{len(layout)} layers of {max(layout.values(), default=0)} KV heads"
+def _span(layout: Mapping[str, int], odd: str) -> str:
+    most = max(layout.values(), default=0)
+    return f"{len(layout)} layers of {most} KV heads, {layout.get(odd, 0)} of them in layer {odd}"
 
 
 def kv_values(model: PreTrainedModel, score: Score) -> dict[str, float]:

@@ -107,8 +107,12 @@ def test_plan_of_another_model_is_refused_and_the_model_untouched(model):
         next(iter(other.parameters())).mul_(1.5)
     with pytest.raises(ValueError, match="with weights"):
         plan.attach(other)
-    with pytest.raises(ValueError, match="layers of"):
+    with pytest.raises(ValueError, match=r"2 of them in layer 0; .* 2 layers of 4 KV heads, 4 of them in layer 0"):
         plan.attach(FAMILIES["gpt2"].build())
+    fewer = Plan(**{**vars(plan), "layout": {**plan.layout, "1": 1}})
+    with pytest.raises(ValueError, match=r"1 of them in layer 1; .* 2 of them in layer 1\.$"):
+        fewer.attach(model)
+    assert not attached(model)
     assert not attached(other)
 
 
