@@ -4,7 +4,8 @@ python bench/cache.py time [--lengths 2048 4096 8192]    decoding and prefill, c
 python bench/cache.py memory [--length 8192] [--runs 5]  bytes of tensors and process peak, one process a contestant
 python bench/cache.py same [--prompts 20]                tokens of the lossless cache against plain generate
 python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
-python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, kvpress
+python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, fp8
+python bench/cache.py kvpress --plan FILE [--length N]   the same prompts through kvpress, beside what quality measured
 Results go to bench/results/cache_*.json; docs/bench.md is made from them by bench/report.py.
 """
 
@@ -140,7 +141,7 @@ def same(prompts: int) -> None:
     race.save("cache_same", {**about(), "prompts": prompts, "tokens": 64, "identical": equal, "lengths": lengths})
 
 
-def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
+def answers(plan_file: str, length: int, thorough: bool) -> None:
     """Answers kept by the plan and by what the field would use, at equal bytes."""
     from headwise.planning import Making
     from headwise.planning import contestants as rivals
@@ -176,10 +177,32 @@ def answers(plan_file: str, length: int, thorough: bool, kvpress: bool) -> None:
     ]
     full = {SHORT: alone(model, tokenizer, thorough), length: found["full"].accuracy}
     result = {**about(), "plan": plan.count(), "heads": plan.heads, "length": length, "full": full, "rows": rows}
-    if kvpress:
-        result["kvpress"] = in_kvpress(plan, tokenizer, batches, room / length)
-        result["read"] = {"texts": TEXTS, "tokens": SHORT}
-    race.save("cache_quality", result)
+    peers_of = {name: value for name, value in measured(plan, length).items() if name in ("kvpress", "read")}
+    race.save("cache_quality", result | peers_of)
+
+
+def measured(plan: Plan, length: int) -> dict:
+    """The answers that were measured last, where they are of this plan and length; else nothing."""
+    file = race.RESULTS / "cache_quality.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found if (found.get("plan"), found.get("length")) == (plan.count(), length) else {}
+
+
+def peers(plan_file: str, length: int, thorough: bool) -> None:
+    """The prompts of `answers` through kvpress; its rows go beside those of this plan and length."""
+    model, tokenizer = open_model()
+    plan = Plan.load(plan_file)
+    plan.check(model)
+    found = measured(plan, length)
+    if not found:
+        raise SystemExit(f"There are no answers of this plan at {length} tokens yet; run quality first.")
+    found["heads"] = dict(plan.heads)
+    if "full" not in found:
+        found["full"] = {SHORT: alone(model, tokenizer, thorough), length: found["rows"][0]["accuracy"]}
+    batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
+    found["kvpress"] = in_kvpress(plan, tokenizer, batches, round(plan.share_of_bytes(length) * length) / length)
+    found["read"] = {"texts": TEXTS, "tokens": SHORT, "when": time.strftime("%Y-%m-%d %H:%M")}
+    race.save("cache_quality", found)
 
 
 def alone(model, tokenizer, thorough: bool) -> dict[str, float]:
@@ -247,7 +270,7 @@ def in_kvpress(plan: Plan, tokenizer, batches: dict, share: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("time", "memory", "one", "same", "plan", "quality"))
+    parser.add_argument("job", choices=("time", "memory", "one", "same", "plan", "quality", "kvpress"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--length", type=int, default=0, help="tokens; 8192 for memory, else 1024")
     parser.add_argument("--prefills", type=int, default=1)
@@ -258,7 +281,6 @@ def main() -> None:
     parser.add_argument("--plan")
     parser.add_argument("--bytes", type=float, default=0.4)
     parser.add_argument("--thorough", action="store_true")
-    parser.add_argument("--kvpress", action="store_true")
     given = parser.parse_args()
     if given.job == "time":
         timing(given.lengths, given.prefills)
@@ -270,8 +292,10 @@ def main() -> None:
         same(given.prompts)
     elif given.job == "plan":
         planning(given.bytes, given.length or 1024, given.plan)
+    elif given.job == "kvpress":
+        peers(given.plan, given.length or 1024, given.thorough)
     else:
-        answers(given.plan, given.length or 1024, given.thorough, given.kvpress)
+        answers(given.plan, given.length or 1024, given.thorough)
 
 
 if __name__ == "__main__":

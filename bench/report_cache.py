@@ -173,7 +173,8 @@ def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         intro += (
             " Where kvpress chooses heads itself (`on_the_fly_scoring`, as many as the plan, 128 sinks and 256 recent "
             f"tokens) it reads {read}: the data set that it would load, BookSum, cannot be had on this machine. Its "
-            "head-wise presses mask keys and free none, so that they hold all bytes."
+            "head-wise presses mask keys and free none, so that they hold all bytes. kvpress ran on "
+            f"{found['read']['when']}."
         )
     said = " ".join([_enough(found.get("full", {})), *_answer_goals(found)]).strip()
     return "\n\n".join(
