@@ -1,9 +1,9 @@
 """Weights laid out once for products of a few tokens.
 
 Reading one token costs what reading the weights costs. Reading the ten or twenty of a draft should cost no more, yet
-PyTorch's float32 products take two to three times as long, and oneDNN spends nearly half of its time on laying the weights
-out anew. Laid out beforehand they are read once, whatever the number of tokens up to a dozen. That takes a second copy of
-the weights, and rounding is of the same size as that of any other kernel.
+PyTorch's float32 products take two to three times as long, and oneDNN spends nearly half of its time on laying the
+weights out anew. Laid out beforehand they are read once, whatever the number of tokens up to a dozen. That takes a
+second copy of the weights, and rounding is of the same size as that of any other kernel.
 """
 
 from types import TracebackType
@@ -37,8 +37,8 @@ class Packed:
         self._layers = [one for one in model.modules() if type(one) is nn.Linear and plain(one) and offered(one.weight)]
         if not self._layers:
             raise ValueError(
-                f"{type(model).__name__} on {model.device} in {model.dtype} has no products to pack; allowed are float32 "
-                "linear layers on a CPU with AVX-512."
+                f"{type(model).__name__} on {model.device} in {model.dtype} has no products to pack; allowed are "
+                "float32 linear layers on a CPU with AVX-512."
             )
         self._packs: dict[nn.Linear, tuple[tuple[int, int], Tensor]] = {}
         self._entered = 0
