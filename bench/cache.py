@@ -196,13 +196,13 @@ def peers(plan_file: str, length: int, thorough: bool) -> None:
     found = measured(plan, length)
     if not found:
         raise SystemExit(f"There are no answers of this plan at {length} tokens yet; run quality first.")
-    found["heads"] = dict(plan.heads)
+    new: dict = {"heads": plan.heads}
     if "full" not in found:
-        found["full"] = {SHORT: alone(model, tokenizer, thorough), length: found["rows"][0]["accuracy"]}
+        new["full"] = {SHORT: alone(model, tokenizer, thorough), length: found["rows"][0]["accuracy"]}
     batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
-    found["kvpress"] = in_kvpress(plan, tokenizer, batches, round(plan.share_of_bytes(length) * length) / length)
-    found["read"] = {"texts": TEXTS, "tokens": SHORT, "when": time.strftime("%Y-%m-%d %H:%M")}
-    race.save("cache_quality", found)
+    new["kvpress"] = in_kvpress(plan, tokenizer, batches, round(plan.share_of_bytes(length) * length) / length)
+    new["read"] = {"texts": TEXTS, "tokens": SHORT, "when": time.strftime("%Y-%m-%d %H:%M")}
+    race.save("cache_quality", measured(plan, length) | new)
 
 
 def alone(model, tokenizer, thorough: bool) -> dict[str, float]:
