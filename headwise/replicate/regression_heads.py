@@ -95,12 +95,14 @@ class RegressionHeadsReplication(Replication):
             and linear[100] > linear[40],
         }
         at, chance = errors[40], LinearRegression().lines()["chance"]
-        pair = weights["2 heads"]
+        pair, four = (weights[name] for name in many)
         measured = (
             f"squared error at 40 examples {at['1 head']:.3f}, {at['2 heads']:.4f}, {at['4 heads']:.4f} for 1, 2, 4 "
             f"heads; {errors[100]['2 heads']:.4f} at 100 for 2. KQ of 2 heads "
             f"{', '.join(f'{v:+.3f}' for v in pair.omega.tolist())}, OV "
-            f"{', '.join(f'{v:+.2f}' for v in pair.mu.tolist())}; uneven share {pair.uneven:.1e}, sum {pair.sum:.1e}"
+            f"{', '.join(f'{v:+.2f}' for v in pair.mu.tolist())}; with 2 and 4 heads what is not "
+            f"an even diagonal holds {pair.uneven:.1e} and {four.uneven:.1e} of the energy of KQ, and OV adds up to "
+            f"{pair.sum:.1e} and {four.sum:.1e} of its largest"
         )
         baseline = (
             f"debiased gradient descent {debiased[40]:.4f} and {debiased[100]:.4f}, ridge {at['Bayes']:.4f}; linear "
