@@ -11,6 +11,7 @@ Results go to bench/results/decode_*.json; docs/bench.md is made from them by be
 """
 
 import argparse
+import json
 import os
 from dataclasses import asdict, replace
 
@@ -25,6 +26,7 @@ from headwise.packing import Packed
 from headwise.plan import Plan
 from headwise.verifying import DraftMethod
 
+KINDS = {"repeats": copying, "open": open_ended}
 SHORT = 10
 SEED = 1  # drafters were tuned on the requests of seed 0
 
@@ -51,8 +53,9 @@ def about(**how) -> dict:
 
 
 def timed(name: str, model, tokenizer, ways: dict[str, Way], rounds: int, tokens: int, sizes, parts: dict) -> None:
-    """Every way on every part, in batches of each size; saved after each."""
-    rows, began = [], os.getloadavg()[0]
+    """Every way on every part, in batches of each size; saved after each. Other kinds of requests stay as they were."""
+    file, began = race.RESULTS / f"{name}.json", os.getloadavg()[0]
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["kind"] not in parts] if file.is_file() else []
     for kind, requests in parts.items():
         for size in sizes:
             found = compare(model, tokenizer, ways, requests, tokens=tokens, rounds=rounds, rows=size)
@@ -63,9 +66,9 @@ def timed(name: str, model, tokenizer, ways: dict[str, Way], rounds: int, tokens
             )
 
 
-def both(tokenizer, requests: int) -> dict:
+def asked(tokenizer, given) -> dict:
     """Requests whose answers repeat a text, and requests whose answers do not."""
-    return {"repeats": copying(tokenizer, requests, SEED), "open": open_ended(tokenizer, requests, SEED)}
+    return {kind: KINDS[kind](tokenizer, given.requests, SEED) for kind in given.kinds}
 
 
 def speed(given) -> None:
@@ -76,7 +79,7 @@ def speed(given) -> None:
     if given.packed:
         packed = Packed(model)
         ways |= {f"{name}, packed": replace(way, packed=packed) for name, way in ways.items()}
-    timed("decode_speed", model, tokenizer, ways, given.rounds, given.tokens, (1,), both(tokenizer, given.requests))
+    timed("decode_speed", model, tokenizer, ways, given.rounds, given.tokens, (1,), asked(tokenizer, given))
 
 
 def with_plan(given) -> None:
@@ -98,7 +101,7 @@ def batch(given) -> None:
     """Batches padded on the left; and the same requests one at a time."""
     model, tokenizer = open_model()
     ways = {"greedy": Way(), "CopySpec": Way(decode.CopySpec())}
-    sizes, parts = (given.rows, 1), both(tokenizer, given.requests)
+    sizes, parts = (given.rows, 1), asked(tokenizer, given)
     timed("decode_batch", model, tokenizer, ways, given.rounds, given.tokens, sizes, parts)
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--requests", type=int, default=50)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="speed and batch")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
