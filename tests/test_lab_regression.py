@@ -11,7 +11,7 @@ from headwise.data import LinearRegression, SoftmaxRegression
 from headwise.data.regressions import gaussian, interleaved, mixture, pairs
 from headwise.data.softmax_regression import gradient, objective, shift
 from headwise.lab import AttentionSVM, RegressionHeads, SoftmaxStep, TinyConfig, train
-from headwise.lab.attention_svm import cosine, hard_margin, nearest, nonnegative
+from headwise.lab.attention_svm import _unit, cosine, hard_margin, nearest, nonnegative
 from headwise.lab.regression_heads import circuits
 from headwise.tap import tap
 from headwise.task import answer_logits
@@ -119,6 +119,31 @@ def test_the_margin_problems_are_solved():
         hard_margin(np.array([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]))
     with pytest.raises(ValueError, match="no norm here"):
         hard_margin(np.eye(4), norm="spectral")
+
+
+def test_the_least_nuclear_norm_is_told_only_where_it_was_found():
+    one = np.array([[2.0, 0, 0, 1.0]])
+    found = hard_margin(one, "nuclear")
+    assert (one @ found.ravel()).item() >= 1 - 1e-9
+    # By hand: all of it goes to the largest singular value, where the Frobenius norm spreads it.
+    assert np.allclose(found, [[0.5, 0], [0, 0]], atol=2e-3) and np.allclose(hard_margin(one), [[0.4, 0], [0, 0.2]])
+    exact = hard_margin(one, "nuclear", tolerance=1e-9)
+    assert np.allclose(exact, [[0.5, 0], [0, 0]], atol=1e-6)
+    with pytest.raises(ValueError, match="known to a share of .* after 2 rounds"):
+        hard_margin(one, "nuclear", rounds=2, tolerance=1e-9)
+    with pytest.raises(ValueError, match="known to a share of inf after 0 rounds"):
+        hard_margin(one, "nuclear", rounds=0)
+
+
+def test_attention_that_cannot_move_stays_where_it_is():
+    alone = AttentionSVM(prompts=2, tokens=1, dim=3, steps=3)
+    problem = alone.problem(2)
+    assert (alone.train(problem) == 0).all()
+    parts = alone.train_factors(problem)
+    assert np.isfinite(parts).all() and np.array_equal(parts, AttentionSVM(2, 1, 3, steps=1).train_factors(problem))
+    pull = np.zeros((3, 2, 2))
+    pull[1], pull[2] = 3e-200, -5.0
+    assert np.allclose(_unit(pull), np.array([0, 0.5, -0.5])[:, None, None])
 
 
 def test_attention_turns_to_the_margin():

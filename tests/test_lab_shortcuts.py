@@ -8,7 +8,7 @@ import torch
 from headwise import replicate
 from headwise.data import CoreAndShortcut
 from headwise.lab import ShortcutFeatures, Training, train
-from headwise.lab.shortcut_features import bias, tangent
+from headwise.lab.shortcut_features import bias, fitted, tangent
 from headwise.lesson import generator
 
 LESSON = CoreAndShortcut(amplified=8.0)
@@ -68,6 +68,23 @@ def test_networks_have_one_bias_for_each_ratio_and_seed():
     assert small.networks(1, "relu", (1,), nested=1).shape == (2, 1)
     theory = small.kernel(0, examples=100)
     assert theory.shape == (2,) and theory[1] > theory[0]
+
+
+def test_linear_models_are_at_their_optimum():
+    latents, label = LESSON.latents(800, generator(5))
+    x = LESSON.write(latents).double()
+    weights = fitted(x, label)
+    odds = (x @ weights[:-1] + weights[-1]).sigmoid()
+    assert ((odds - label) @ x).abs().max() / 800 < 1e-6 and (odds - label).mean().abs() < 1e-6
+    # What is written at another length is weighed by the same odds.
+    alike = replace(LESSON, amplified=1.0).write(latents)
+    again = fitted(alike, label)
+    assert torch.allclose(alike.double() @ again[:-1] + again[-1], x @ weights[:-1] + weights[-1], atol=1e-3)
+    small = ShortcutFeatures(ratios=(1.0, 16.0), examples=400)
+    found = small.linear((1, 2))
+    assert found.shape == (2, 2) and torch.allclose(found[0], found[1], atol=2e-3)
+    with pytest.raises(ValueError, match="No optimum was found"):
+        fitted(torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([1, 1, 0]))
 
 
 def test_a_transformer_has_a_bias():

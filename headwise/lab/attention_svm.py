@@ -83,7 +83,7 @@ def nonnegative(matrix: Floats, target: Floats) -> Floats:
 
 
 def nearest(rows: Floats, bounds: Floats, to: Floats) -> Floats:
-    """The w nearest to `to` with rows @ w >= bounds. Raises ValueError where there is none."""
+    """The w nearest to `to` with rows @ w >= bounds. Raises ValueError where there is none, or none was found."""
     bounds = bounds - rows @ to
     if (bounds <= 0).all():
         return to
@@ -93,19 +93,27 @@ def nearest(rows: Floats, bounds: Floats, to: Floats) -> Floats:
     rest = whole @ nonnegative(whole, target) - target
     if -rest[-1] < 1e-9:
         raise ValueError("No weights of attention separate these tokens; use fewer prompts or more channels.")
-    return to - rest[:-1] / rest[-1]
+    way = -rest[:-1] / rest[-1]
+    short = (bounds - rows @ way).max()
+    if short > 1e-6 * (1 + np.abs(bounds).max()):
+        raise ValueError(f"Margins were not kept: one is {short:.1e} short; use fewer prompts or more channels.")
+    return to + way
 
 
-def hard_margin(rows: Floats, norm: str = "frobenius", rounds: int = 300, weight: float = 0.3) -> Floats:
+def hard_margin(
+    rows: Floats, norm: str = "frobenius", rounds: int = 5000, weight: float = 0.3, tolerance: float = 1e-3
+) -> Floats:
     """The [d, d] weights of the smallest norm with every margin at least 1.
 
     Args:
         rows: what `Problem.margins` gives.
-        norm: "frobenius", exact; or "nuclear" (the sum of singular values), by `rounds` alternating steps.
+        norm: "frobenius", exact; or "nuclear" (the sum of singular values), by at most `rounds` alternating steps.
         weight: of a step of the alternation; it decides how soon it is done, not where.
+        tolerance: how much smaller a nuclear norm may still be, as a share of the one that was found. The bound is
+            proved by the dual problem.
 
     Raises:
-        ValueError: another norm, or tokens that cannot be separated.
+        ValueError: another norm, tokens that cannot be separated, or the tolerance is not met after all rounds.
     """
     size = round(rows.shape[1] ** 0.5)
     w = nearest(rows, np.ones(len(rows)), np.zeros(rows.shape[1]))
@@ -113,13 +121,32 @@ def hard_margin(rows: Floats, norm: str = "frobenius", rounds: int = 300, weight
         return w.reshape(size, size)
     if norm != "nuclear":
         raise ValueError(f"{norm!r} is no norm here; allowed are frobenius and nuclear.")
-    off = np.zeros_like(w)
+    off, gap = np.zeros_like(w), np.inf
     for _ in range(rounds):
         left, values, right = np.linalg.svd((w - off).reshape(size, size))
         low = ((left * np.maximum(values - weight, 0)) @ right).ravel()
         w = nearest(rows, np.ones(len(rows)), low + off)
         off = off + low - w
-    return w.reshape(size, size)
+        gap = _gap(w.reshape(size, size), off.reshape(size, size))
+        if gap <= tolerance:
+            return w.reshape(size, size)
+    raise ValueError(
+        f"The least nuclear norm is known to a share of {gap:.1e} after {rounds} rounds, where {tolerance:.1e} was "
+        "asked; allow more rounds or a larger tolerance."
+    )
+
+
+def _gap(w: Floats, off: Floats) -> float:
+    """By which share of w's nuclear norm the least one may be smaller, at most.
+
+    What was added to come from low + off to w is rows' y with y >= 0, and y is 0 where a margin is above 1; so the sum
+    of y is <w, -off>. Divided by the largest singular value of off, y is a point of the dual problem, and its sum is
+    below every nuclear norm that keeps the margins.
+    """
+    largest = np.linalg.norm(off, 2)
+    if largest == 0:
+        return 1.0
+    return float(1 + (w * off).sum() / largest / np.linalg.norm(w, "nuc"))
 
 
 def cosine(a: Floats, b: Floats) -> float:
@@ -133,7 +160,7 @@ class AttentionSVM(Method):
 
     Fields:
         prompts, tokens, dim: of a problem; tokens are Gaussian and of unit length.
-        steps, lr: of gradient descent on W, each step of length lr.
+        steps, lr: of gradient descent on W, each step of length lr; in the paper it has 2000 steps.
         factor_lr: the same for keys and queries; their product grows as the square of the way that they went.
         spread: standard deviation of the entries that keys and queries start with.
     """
@@ -143,7 +170,7 @@ class AttentionSVM(Method):
     prompts: int = 6
     tokens: int = 8
     dim: int = 10
-    steps: int = 2000
+    steps: int = 6000
     lr: float = 0.1
     factor_lr: float = 0.02
     spread: float = 0.01
@@ -173,10 +200,17 @@ class AttentionSVM(Method):
         for _ in range(self.steps):
             pull = problem.gradient(k @ q.transpose(0, 2, 1))
             on_k, on_q = pull @ q, pull.transpose(0, 2, 1) @ k
-            length = np.sqrt((on_k**2 + on_q**2).sum((1, 2), keepdims=True))
-            k, q = k - self.factor_lr * on_k / length, q - self.factor_lr * on_q / length
+            both = _unit(np.concatenate([on_k, on_q], 1))
+            k, q = k - self.factor_lr * both[:, : self.dim], q - self.factor_lr * both[:, self.dim :]
         return k @ q.transpose(0, 2, 1)
 
 
 def _unit(pull: Floats) -> Floats:
-    return pull / np.linalg.norm(pull, axis=(1, 2), keepdims=True)
+    """Each matrix [S, ...] at length 1; one of zeros stays so, where attention has no way left to go.
+
+    The largest entry is divided by first: squares of numbers such as 1e-200 would be 0.
+    """
+    largest = np.abs(pull).max((1, 2), keepdims=True)
+    scaled = pull / np.where(largest > 0, largest, 1)
+    length = np.linalg.norm(scaled, axis=(1, 2), keepdims=True)
+    return scaled / np.where(length > 0, length, 1)

@@ -1,7 +1,7 @@
 """On the Foundations of Shortcut Learning. Hermann et al., 2023. arXiv:2310.16228
 
-Row s039 of the mission. Linear models and networks with hidden layers are trained side by side, on 3,200 examples as in
-the paper; small transformers on the same inputs in four positions, on fresh ones.
+Row s039 of the mission. Networks with hidden layers are trained side by side, on 3,200 examples as in the paper; linear
+models are fitted to the optimum on the same examples; small transformers read fresh inputs, each in four positions.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class ShortcutFeatures(Experiment):
 
     Fields:
         ratios: amplifications of the shortcut; one condition a ratio for transformers.
-        examples: that linear models and networks are trained on, for `steps` with batches of `batch`, by gradient
-            descent with a momentum of 0.9. Their inputs have one mean length at every ratio.
+        examples: that linear models are fitted to and networks are trained on, for `steps` with batches of `batch`, by
+            gradient descent with a momentum of 0.9. Their inputs have one mean length at every ratio.
         hidden: width of their hidden layers. `lr`: their learning rate, which decays to 0.
     """
 
@@ -58,7 +58,7 @@ class ShortcutFeatures(Experiment):
         }
 
     def networks(self, depth: int, act: str, seeds: "tuple[int, ...]", nested: int = 0) -> Tensor:
-        """[ratios, seeds] bias of networks with `depth` hidden layers; 0 for a linear model."""
+        """[ratios, seeds] bias of networks with `depth` hidden layers; with 0, of linear ones that are not done."""
         lessons, count = self.lessons(nested), len(seeds)
         drawn = [lessons[0].latents(self.examples, generator(seed, 390)) for seed in seeds]
         latents, label = (torch.stack(part) for part in zip(*drawn, strict=True))
@@ -82,6 +82,17 @@ class ShortcutFeatures(Experiment):
             said = nets(torch.cat([plane.expand(count, -1, -1) for plane in planes]))
         return lessons[0].bias(said[..., 1] - said[..., 0]).view(len(lessons), count)
 
+    def linear(self, seeds: "tuple[int, ...]") -> Tensor:
+        """[ratios, seeds] bias of linear models at the optimum of their loss, which gradient descent comes to late."""
+        found = []
+        for lesson in self.lessons():
+            plane = lesson.write(lesson.plane()).double()
+            for seed in seeds:
+                latents, label = lesson.latents(self.examples, generator(seed, 390))
+                weights = fitted(lesson.write(latents), label)
+                found.append(lesson.bias(plane @ weights[:-1] + weights[-1]))
+        return torch.stack(found).view(len(self.ratios), len(seeds))
+
     def kernel(self, seed: int, act: str = "relu", examples: int = 1000, ridge: float = 1.0) -> Tensor:
         """[ratios] bias of regression with the tangent kernel of an endless hidden layer, or of a linear model."""
         found = []
@@ -92,6 +103,32 @@ class ShortcutFeatures(Experiment):
             weights = torch.linalg.solve(inside, y)
             found.append(lesson.bias(tangent(lesson.write(lesson.plane()).double(), x, act) @ weights))
         return torch.stack(found)
+
+
+def fitted(x: Tensor, label: Tensor) -> Tensor:
+    """Weights [d + 1] of logistic regression at the optimum, its bias last: x [n, d], classes 0 or 1 [n].
+
+    Raises:
+        ValueError: no optimum was found; a plane that separates the classes has none.
+    """
+    rows = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    rows = rows * (2 * label.double() - 1)[:, None]
+    weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weights], max_iter=1000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def cost() -> Tensor:
+        optimiser.zero_grad()
+        loss = -torch.nn.functional.logsigmoid(rows @ weights).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(cost)
+    cost()
+    if weights.grad is None or weights.grad.abs().max() > 1e-6 or (rows @ weights.detach() > 0).all():
+        raise ValueError("No optimum was found for these classes; use more examples, so that no plane separates them.")
+    return weights.detach()
 
 
 def tangent(x: Tensor, other: Tensor, act: str = "relu") -> Tensor:
