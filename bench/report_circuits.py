@@ -3,8 +3,11 @@
 import statistics
 from collections.abc import Callable
 
+from goals import goal
+
 NAMES = {"headwise": "**headwise**", "circuitkit": "circuitkit", "auto_circuit": "AutoCircuit"}
 JOBS = {"eap": "EAP, one gradient", "eap_ig": "EAP-IG, five gradients"}
+FASTER = 3
 METHODS = {"eap": "EAP", "eap_ig": "EAP-IG", "conductance": "conductance", "cd_t": "CD-T"}
 
 
@@ -17,7 +20,7 @@ def ranks(found: dict | None) -> str:
     """Cheap edges beside exact ones."""
     if found is None:
         return ""
-    rows = found["rows"]
+    rows = sorted(found["rows"], key=lambda r: r["task"])
     names = [name for name in METHODS if any(name in r["spearman"] for r in rows)]
     head = "| task | prompts | edges | " + " | ".join(METHODS[n] for n in names)
     lines = [
@@ -55,7 +58,7 @@ def race(found: dict | None) -> str:
     failed, cpu = [], {}
     for r in found["rows"]:
         if "failed" in r:
-            failed.append(f"{NAMES[r['name']]} failed at {JOBS[r['job']]}: {r['failed'].strip().splitlines()[-1]}")
+            failed.append(f"{NAMES[r['name']]} failed at {JOBS[r['job']]}: {r['failed'].strip().splitlines()[-1]}.")
             continue
         cpu[r["job"], r["name"]] = statistics.median(c["cpu"] for c in r["clocks"])
         clocks = [statistics.median(c[key] for c in r["clocks"]) for key in ("cpu", "wall")]
@@ -64,7 +67,7 @@ def race(found: dict | None) -> str:
             f"| {JOBS[r['job']]} | {NAMES[r['name']]} | {clocks[0]:.1f} | {clocks[1]:.1f} | {' | '.join(kept)} |"
         )
     goals = [
-        f"{JOBS[job]}: {value / cpu[job, 'headwise']:.1f} times faster than {NAMES[name]}"
+        _goal(job, name, value / cpu[job, "headwise"], found)
         for (job, name), value in cpu.items()
         if name != "headwise" and (job, "headwise") in cpu
     ]
@@ -87,9 +90,16 @@ def race(found: dict | None) -> str:
     about = (
         f"{found['when']}; {versions}. Load of the machine {min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
     )
-    said = "Goal at least 3 times faster. " + "; ".join(goals) + "." if goals else ""
-    return "\n\n".join(
-        part
-        for part in ("## Circuit discovery beside its peers", text, "\n".join(lines), said, " ".join(failed), about)
-        if part
+    parts = ("## Circuit discovery beside its peers", text, "\n".join(lines), " ".join(goals), " ".join(failed), about)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _goal(job: str, name: str, ratio: float, found: dict) -> str:
+    """One contestant against the goal; faithfulness is compared to the percent, as in the table."""
+    mine, other = (
+        next(r["faithfulness"] for r in found["rows"] if (r["job"], r["name"]) == (job, one) and "failed" not in r)
+        for one in ("headwise", name)
     )
+    less = [size for size in mine if round(100 * mine[size]) < round(100 * other[size])]
+    words = f"Goal, {JOBS[job]}, at least {FASTER} times faster than {NAMES[name]} and as faithful at every size"
+    return goal(words, ratio, ratio >= FASTER and not less) + (f" Less faithful at {', '.join(less)}." if less else "")
