@@ -66,7 +66,8 @@ class TypicalSampling(Replication):
         "sampling with the same chance, for a mass so large leaves out only unlikely tokens. The paper's 0.2 and 0.5 "
         "came in its place, the other rules got strengths on either side, and texts became 64 tokens instead of 96. "
         "The second run compared typical sampling beyond the strengths of the others too, as if they went on repeating "
-        "as much as at the last one; now it is compared only between two of them."
+        "as much as at the last one. Since then it is compared only between two of them, where in that run it repeats "
+        "0.86 points more than top-k sampling and 0.61 more than nucleus sampling."
     )
 
     draws: ClassVar[int] = 2000
