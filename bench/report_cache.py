@@ -98,9 +98,9 @@ def _memory(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         )
     share = peak("50% full") / peak("DynamicCache")
     runs = max(row["turn"] for row in found["rows"]) + 1
+    often = f"{runs} runs, medians" if runs > 1 else "one run"
     intro = (
-        f"{found['length']} tokens read in chunks of 1024, then 64 decoded; a process of its own each time, "
-        f"{runs} runs, medians."
+        f"{found['length']} tokens read in chunks of 1024, then 64 decoded; a process of its own each time, {often}."
     )
     said = goal("Goal, half full at most 0.75 of DynamicCache's peak", share, share <= 0.75)
     return "\n\n".join(["### Memory", intro, "\n".join(lines), said, circumstances(found)])
