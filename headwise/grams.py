@@ -6,6 +6,8 @@ from transformers import PreTrainedModel
 
 from headwise.drafting import Draft, Drafter, News, Reading
 
+SHARE = 4
+
 
 class Grams:
     """The first place of every run of `size` tokens that has a token behind it.
@@ -61,7 +63,9 @@ class Copies(Drafter):
     that the copy had come to. A draft begun so of which nothing is accepted ends the copy.
 
     Args:
-        sizes: lengths of runs that are looked for. tokens: proposed at most.
+        sizes: lengths of runs that are looked for.
+        tokens: proposed at most. Rows that are read together share them, for all are read as wide as the longest draft;
+            each gets `SHARE` at least.
         source: who proposes, for the counts. remember: runs in the index of a row.
         near: tokens ahead in which a copy is taken up again; 0 never does.
     """
@@ -95,17 +99,18 @@ class Copies(Drafter):
 
     def propose(self, rooms: Mapping[int, int]) -> dict[int, Draft]:
         """What stood behind the longest run that is not new, or where a copy goes on."""
-        return {row: self._one(row) for row in rooms}
+        most = min(self.tokens, max(SHARE, self.tokens // max(1, len(rooms))))
+        return {row: self._one(row, most) for row in rooms}
 
-    def _one(self, row: int) -> Draft:
+    def _one(self, row: int, most: int) -> Draft:
         text = self.rows[row]
         for size in self.sizes:
             if (place := text.behind(size)) is not None:
                 self.sent[row] = (place, False)
-                return Draft(text.copy(place, self.tokens), source=self.source)
+                return Draft(text.copy(place, most), source=self.source)
         if row in self.copying and (place := text.beside(self.copying[row], self.near)) is not None:
             self.sent[row] = (place, True)
-            return Draft(text.copy(place, self.tokens), source=f"{self.source}, taken up")
+            return Draft(text.copy(place, most), source=f"{self.source}, taken up")
         least = self.sizes[-1]
         new = "the last token is new" if least == 1 else f"the last {least} tokens are new"
         return Draft([], source=self.source, why=new)

@@ -59,3 +59,14 @@ def test_rows_of_a_batch_go_on_by_themselves() -> None:
     copies.propose({0: 99, 1: 99})
     copies.accept({0: News([13, 14, 90]), 1: News([77])}, READ)
     assert copies.copying == {0: 5, 1: 3}
+
+
+def test_a_batch_shares_what_may_be_drafted() -> None:
+    for rows, most in ((1, 12), (2, 12), (3, 8), (4, 6), (9, 4)):
+        copies = Copies((3,), 24, "copyspec")
+        copies.begin(None, [[*SOURCE, 10, 11, 12]] * rows, False)
+        drafts = copies.propose(dict.fromkeys(range(rows), 99))
+        assert [len(one.tokens) for one in drafts.values()] == [most] * rows
+    short = Copies((3,), 2, "copyspec")
+    short.begin(None, [[*SOURCE, 10, 11, 12]] * 3, False)
+    assert [len(one.tokens) for one in short.propose({0: 9, 1: 9, 2: 9}).values()] == [2, 2, 2]

@@ -24,7 +24,8 @@ class CopySpec(DraftMethod):
 
     Fields:
         gamma: tokens that must be the same; the paper uses 3 to 5. Fewer find more places and worse ones.
-        tokens: proposed at most. Reading 24 costs little more than reading 10 (docs/bench.md).
+        tokens: proposed at most, shared by the rows of a batch. For one row reading 24 costs little more than reading
+            10 (docs/bench.md).
         remember: runs in the index of a row.
         near: tokens ahead, and half as many back, in which a copy is taken up again.
 

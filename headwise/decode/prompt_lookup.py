@@ -18,7 +18,8 @@ class PromptLookup(DraftMethod):
     """The longest run of at most `longest` last tokens that stood in the text before proposes what followed it first.
 
     Fields:
-        longest: tokens of the run at most; transformers takes 2. tokens: proposed at most.
+        longest: tokens of the run at most; transformers takes 2. tokens: proposed at most, shared by the rows of a
+            batch.
     """
 
     longest: int = 2
