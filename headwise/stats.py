@@ -74,6 +74,15 @@ def ranks(values: Floats) -> Floats:
     return ((last - counts + 1 + last) / 2)[inverse]
 
 
+def auc(values: Floats, positive: Floats) -> float:
+    """How often a positive has the larger value than a negative, ties counting half; NaN without both."""
+    where = np.asarray(positive, dtype=bool)
+    many, few = int(where.sum()), int((~where).sum())
+    if not many or not few:
+        return float("nan")
+    return float((ranks(values)[where].sum() - many * (many + 1) / 2) / (many * few))
+
+
 def spearman(a: Floats, b: Floats) -> float:
     """Spearman's rank correlation; NaN when one side is constant."""
     x, y = ranks(a), ranks(b)

@@ -9,7 +9,8 @@ from test_heads import make
 from headwise.data import IOI, Planted
 from headwise.heads import DiscreteSAE
 from headwise.heads.discrete_sae import unshared
-from headwise.replicate.discrete_sae import DiscreteSAECircuits, auc, swapped
+from headwise.replicate.discrete_sae import DiscreteSAECircuits, swapped
+from headwise.stats import auc
 
 
 def test_codes_that_the_other_kind_has_count_for_nothing():
@@ -38,6 +39,7 @@ def test_a_dictionary_of_nothing_is_a_sentence():
 def test_the_area_and_the_control():
     assert auc(np.array([3.0, 2.0, 1.0, 0.0]), np.array([1, 1, 0, 0])) == 1.0
     assert auc(np.zeros(4), np.array([1, 1, 0, 0])) == 0.5
+    assert np.isnan(auc(np.zeros(4), np.zeros(4)))
     batch = make("llama")
     other = swapped(batch)
     assert torch.equal(other.ids[0], batch.ids[0]) and torch.equal(other.ids[1], batch.corrupt["input_ids"][1])

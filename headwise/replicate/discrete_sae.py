@@ -20,15 +20,8 @@ from headwise.models import open_model
 from headwise.replicate import Outcome, Replication, settle
 from headwise.scan import effects
 from headwise.score import Score
-from headwise.stats import ranks
+from headwise.stats import auc
 from headwise.task import Batch, logit_diff
-
-
-def auc(values: np.ndarray, positive: np.ndarray) -> float:
-    """How often a positive has the larger value than a negative, ties counting half."""
-    values, positive = np.asarray(values), np.asarray(positive, dtype=bool)
-    many, few = int(positive.sum()), int((~positive).sum())
-    return float((ranks(values)[positive].sum() - many * (many + 1) / 2) / (many * few))
 
 
 def swapped(batch: Batch) -> Batch:
