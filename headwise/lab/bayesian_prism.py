@@ -1,6 +1,7 @@
 """In-Context Learning through the Bayesian Prism. Panwar et al., 2023. arXiv:2306.04891
 
-Row s062 of the mission. Scaled down: few channels, and x and the example before it share a position.
+Row s062 of the mission. Scaled down: three channels, and x and the example before it share a position. With five, a
+network of this size was 26, 16 and 12 % of y's square away from Bayes after 1,000, 2,500 and 5,000 steps.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ class BayesianPrism(Experiment):
     goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 1.0)
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
-    dim: int = 5
+    dim: int = 3
     frequencies: int = 4
 
     def conditions(self) -> dict[str, Condition]:
@@ -39,8 +40,8 @@ class BayesianPrism(Experiment):
             "high frequencies": FourierSeries(rising=True, **waves),
         }
         shape = GPT2 if self.full else {}
-        training = in_context(500_000 if self.full else 5000, self.full)
-        shorter = {} if self.full else {"two hills": 3000, "low frequencies": 1200, "high frequencies": 1800}
+        training = in_context(500_000 if self.full else 9000, self.full)
+        shorter = {} if self.full else {"two hills": 5000, "low frequencies": 1200, "high frequencies": 1800}
         return {
             name: Condition(
                 TinyConfig(**lesson.config(**shape)),
