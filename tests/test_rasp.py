@@ -168,9 +168,15 @@ def test_prompts_may_begin_anywhere():
     lab = LengthGeneralization(longest=4, tested=8, positions="learned")
     one = lab.conditions()["copy different letters"]
     for split in ("train", "longer"):
-        places = one.lesson.on(split).make(None, 200, 0).inputs["position_ids"]
-        assert (places.diff(dim=-1) == 1).all() and places.max() == one.model.max_positions - 1 and places.min() == 0
-        assert len(places[:, 0].unique()) == one.lesson.shape.length - places.shape[1] + 1
+        batch = one.lesson.on(split).make(None, 400, 0)
+        places, room = batch.inputs["position_ids"], one.lesson.shape.length
+        last = (batch.at * batch.weight).amax(-1).long()
+        inside = torch.arange(1, places.shape[1]) <= last[:, None]
+        assert (places.diff(dim=-1) == 1)[inside].all() and places.max() == room - 1 == one.model.max_positions - 1
+        for end in last.unique():
+            rows = places[last == end]
+            assert sorted(set(rows[:, 0].tolist())) == list(range(room - int(end)))
+            assert rows[:, int(end)].max() == room - 1
     assert not {"position_ids"} & set(LengthLesson().make(None, 2).inputs)
     few = replace(one.training, steps=4, batch=8, measure_every=2, rows=8)
     assert train(one.model, one.lesson, few, seed=1).step == 4

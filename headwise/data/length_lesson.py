@@ -29,7 +29,7 @@ class LengthLesson(Lesson):
             "copy bits" or "parity".
         longest: items of the longest prompts that are taught; the shortest have 2.
         tested: items of the prompts of "longer".
-        offsets: whether a prompt begins anywhere in as many positions as the longest needs, so that all are taught.
+        offsets: whether each prompt begins anywhere in the positions that the longest needs, so that all are taught.
     """
 
     row: ClassVar[str] = "s048"
@@ -73,9 +73,11 @@ class LengthLesson(Lesson):
             weight.append([1] * len(said))
         inputs = {"input_ids": _filled(ids)}
         if self.offsets:
-            length = inputs["input_ids"].shape[1]
-            start = torch.randint(self.shape.length - length + 1, (n, 1), generator=draw)
-            inputs["position_ids"] = start + torch.arange(length)
+            room = torch.tensor([self.shape.length - len(row) + 1 for row in ids])
+            start = (torch.rand(n, generator=draw) * room).long()
+            places = start[:, None] + torch.arange(inputs["input_ids"].shape[1])
+            # What fills a row up has the last position.
+            inputs["position_ids"] = places.clamp_max(self.shape.length - 1)
         return Batch(inputs=inputs, at=_filled(at), answer=_filled(answer), weight=_filled(weight).float())
 
     @property

@@ -46,7 +46,7 @@ class WholeContext(Experiment):
                 decay="linear",
                 measure_every=250,
             )
-            config = TinyConfig(**lesson.config(layers=2, heads=4, width=64, mlp=0))
+            config = TinyConfig(**lesson.config(layers=2, heads=4, width=64, mlp=0, embed_std=0.5))
             found[asked] = Condition(config, lesson, training)
         return found
 
