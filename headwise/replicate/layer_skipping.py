@@ -8,7 +8,7 @@ paper tunes with skipping, and text is predicted, where the paper translates and
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ class LayerSkipping(Replication):
 
     def _faster(self, model: PreTrainedModel, ids: Tensor) -> dict[float, float]:
         """{speed-up asked for: processor time of generating with the whole model over that with blocks left out}."""
-        how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+        how: dict[str, Any] = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+        how |= {"attention_mask": torch.ones_like(ids)}
         ways = {one: partial(UnifiedSkip(one).generate, model, ids, **how) for one in (1.0, *SPEEDUPS)}
         return {one: 1 / share for one, share in shares_of_time(ways, 1.0, rounds=5).items() if one != 1.0}
 
