@@ -62,7 +62,7 @@ export function nodeSentence(state: State, graph: Circuit, node: CircuitNode, sh
   const parts = [
     role && role !== "unknown" ? role : "",
     node.kind === "token" ? "" : `reads ${reads}`,
-    node.kind === "logits" ? "" : `is read ${writes} times`,
+    node.kind === "logits" ? "" : `is read ${writes === 1 ? "once" : `${writes} times`}`,
     loss === undefined ? "" : `without it the graph loses ${percent(loss)}`,
   ];
   return `${node.kind === "token" ? placeName(graph, node.name) : node.name}: ${parts.filter(Boolean).join(", ")}`;
