@@ -173,7 +173,8 @@ def _peers(found: dict, circumstances: Circumstances) -> str:
         "generation of each request by itself. economize takes the prompts without their padding; dejavuu knows no "
         "batches and answers them one after the other."
     )
-    return "\n\n".join(["### Beside economize and dejavuu", intro, *parts, circumstances(found)])
+    about = " ".join([circumstances(found), *([found["note"]] if "note" in found else [])])
+    return "\n\n".join(["### Beside economize and dejavuu", intro, *parts, about])
 
 
 def _who(name: str, have: dict[str, str]) -> str:
