@@ -32,7 +32,7 @@ class LocalExperience(Experiment):
     goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 1.0)
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
-    nets: tuple[int, ...] = (0, 1)
+    nets: tuple[int, ...] = (0, 1, 2)
     nodes: int = 12
 
     def conditions(self) -> dict[str, Condition]:
