@@ -47,9 +47,9 @@ def test_what_cannot_be_patched_is_a_sentence():
 
 def test_outcomes_on_made_up_numbers():
     def judged(fixed, control):
-        own, other = torch.zeros(3, 3, 10), torch.zeros(3, 3, 10)
-        own[2, 0, ::2][:fixed] = 1
-        other[1, 1, :control] = 1
+        own, other = torch.zeros(2, 3, 3, 10), torch.zeros(2, 3, 3, 10)
+        own[0, 2, 0, ::2][:fixed] = 1
+        other[1, 1, 1, :control] = 1
         return Replicated()._judge(own, other, [20.0, 70.0, 70.0], 100).outcome
 
     assert judged(5, 1) == "holds"
