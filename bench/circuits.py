@@ -1,7 +1,7 @@
 """How well cheap edges rank against exact path patching, and circuit discovery against its peers.
 
-python bench/circuits.py spearman [--tasks ioi --edges 150]    writes bench/results/circuits_spearman.json
-python bench/circuits.py race [--prompts 3 --rounds 3]         writes bench/results/circuits_race.json
+python bench/circuits.py spearman [--tasks ioi --edges 150]             writes bench/results/circuits_spearman.json
+python bench/circuits.py race [--prompts 3 --rounds 3 --jobs eap_ig]    writes bench/results/circuits_race.json
 """
 
 import argparse
@@ -32,6 +32,7 @@ from headwise.worth import gap, outcomes, share
 
 TASKS = ("ioi", "greater_than", "pronouns", "successor", "induction")
 SIZES = (100, 300, 1000, 3000)
+JOBS = ("eap", "eap_ig")
 PEERS = ("headwise", "circuitkit", "auto_circuit")
 
 
@@ -89,8 +90,11 @@ def spearmans(tasks: list[str], prompts: int, few: int, edges: int) -> None:
         racing.save("circuits_spearman", {"rows": rows, "machine": machine.facts(), "torch": torch.__version__})
 
 
-def race(prompts: int, rounds: int, envs: Path) -> None:
-    """Every contestant scores all edges of the same prompts; its largest edges are then a circuit, on other prompts."""
+def race(prompts: int, rounds: int, envs: Path, jobs: list[str]) -> None:
+    """Every contestant scores all edges of the same prompts; its largest edges are then a circuit, on other prompts.
+
+    Rows of jobs that are not asked for stay as they were.
+    """
     from headwise.convert import default_model_path
 
     folder = str(default_model_path())
@@ -101,6 +105,9 @@ def race(prompts: int, rounds: int, envs: Path) -> None:
     parts = prepare(model, held, logit_diff, 8)
     clean, corrupt = gap(parts)
     found = {"prompts": len(few), "tokens": few.ids.shape[1], "held_out": len(held), "sizes": SIZES, "rows": []}
+    file = racing.RESULTS / "circuits_race.json"
+    if file.is_file():
+        found["rows"] = [row for row in json.loads(file.read_text())["rows"] if row["job"] not in jobs]
     with tempfile.TemporaryDirectory() as room:
         file = os.path.join(room, "batch.safetensors")
         save_file(
@@ -110,7 +117,7 @@ def race(prompts: int, rounds: int, envs: Path) -> None:
             },
             file,
         )  # fmt: skip
-        for job in ("eap", "eap_ig"):
+        for job in jobs:
             for name in PEERS:
                 out = os.path.join(room, f"{name}.json")
                 command = [env.python_of(name, envs), str(Path(__file__).with_name("circuits_worker.py"))]
@@ -155,9 +162,10 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--edges", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of the race")
     parser.add_argument("--envs")
     given = parser.parse_args()
     if given.job == "spearman":
         spearmans(given.tasks, given.prompts or 8, given.few, given.edges)
     else:
-        race(given.prompts or 3, given.rounds, env.folder_of(given.envs))
+        race(given.prompts or 3, given.rounds, env.folder_of(given.envs), given.jobs)
