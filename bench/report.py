@@ -40,7 +40,8 @@ NOTES = """
   noise: on 90 heads with mean ablation, rank correlations with the exact effects were 0.957 and 0.952.
 - Rounding only the difference from the unchanged run: kept as bfloat16 rows, see the rank correlation above. It reads
   the remembered values of every linear layer, so it is bound by memory as much as by products.
-- Packing oneDNN's weights beforehand: a few percent, for a second copy of all weights. Dropped.
+- Packing oneDNN's weights beforehand: a few percent for prompts as long as a scan's, for a second copy of all weights.
+  Dropped there; passes of a few tokens gain two to three times (headwise/packing.py).
 - `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`: on a processor with AVX512_BF16 but no AMX it changes
   nothing but the kernel; the products stay float32. Dropped.
 - Starting layer l after its attention, and running the last layer at the answer's column only: each saves less than

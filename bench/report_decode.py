@@ -45,7 +45,7 @@ def _table(rows: list[dict], first: str = "greedy") -> str:
 def _about(found: dict, circumstances: Circumstances) -> str:
     load = found["how"]["load"]
     own = f"Load {load[0]} at the start and {load[1]} at the end, this job's own included."
-    return f"{circumstances(found)} {own}"
+    return " ".join([circumstances(found), own, *([found["note"]] if "note" in found else [])])
 
 
 def _speed(found: dict, circumstances: Circumstances) -> str:
