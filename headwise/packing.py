@@ -6,6 +6,7 @@ weights out anew. Laid out beforehand they are read once, whatever the number of
 second copy of the weights, and rounding is of the same size as that of any other kernel.
 """
 
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -77,6 +78,6 @@ class Packed:
                 del layer.forward
 
 
-def _product(packed: Tensor, bias: Tensor | None):  # noqa: ANN202 a closure in the place of a method
+def _product(packed: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     product = torch.ops.mkldnn._linear_pointwise
     return lambda x: product(x, packed, bias, "none", [], "")
