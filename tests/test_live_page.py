@@ -21,11 +21,11 @@ CONDITIONS = {"none": Condition(CONFIG, LESSON, SHORT), "match, early": Conditio
 
 
 class Slow(live.Live):
-    """As slow as a long run: some measurements come between two looks of the page."""
+    """As slow as a long run: some measurements come between two looks of the page, and two looks between two runs."""
 
     def __call__(self, run) -> None:
         super().__call__(run)
-        time.sleep(0.3)
+        time.sleep(2.5 if run.done else 0.3)
 
 
 @pytest.fixture(scope="module")

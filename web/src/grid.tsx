@@ -1,5 +1,5 @@
 // The map: one cell a head, layers from left to right, coloured by role or by one score.
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { dark, headLook, scaleOf, type Look, type Scale } from "./colour";
 import { LADDER, type Head, type Stack } from "./data";
 import { planSentence, shownPlan, treatmentOf, type Treatment } from "./plans";
@@ -110,7 +110,8 @@ function Grid({ state, stack, scale }: { state: State; stack: Stack; scale?: Sca
   const inHere = selected?.stack === stack.name;
   const entry = inHere ? state.unit.value : heads[0]?.unit;
 
-  useEffect(() => {
+  // Before the next key: one that comes between drawing and focus would move on from the cell before.
+  useLayoutEffect(() => {
     if (!moved.current) return;
     moved.current = false;
     root.current?.querySelector<HTMLElement>('[tabindex="0"]')?.focus();

@@ -57,7 +57,7 @@ export function live(data: Data & Required<Pick<Data, "live">>, el: HTMLElement)
       first += 1;
     }
     if (newest) show(newest);
-    return !(newest?.told.done && first === runs.length - 1);
+    return !(newest?.told.done && newest.at === runs.length - 1);
   }
   async function follow() {
     for (;;) {

@@ -1,5 +1,5 @@
 // Where a head looks on a stored prompt: the prompt's tokens shaded by weight, the matrix, the strongest links.
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { opening, patternOf, strongest, telling, type Pattern } from "./attention";
 import { attendTint, dark, sequential } from "./colour";
 import type { Prompt } from "./data";
@@ -114,7 +114,7 @@ function Strip({ state, pattern, chosen, onNear }: Aim & { onNear: (at: number) 
   const moved = useRef(false);
   const side = state.side.value;
   const shown = side === "query" ? pattern.keys : pattern.queries;
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (!moved.current) return;
     moved.current = false;
     root.current?.querySelector<HTMLElement>('[tabindex="0"]')?.focus();
