@@ -32,7 +32,12 @@ from headwise.worth import gap, outcomes, share
 
 TASKS = ("ioi", "greater_than", "pronouns", "successor", "induction")
 SIZES = (100, 300, 1000, 3000)
-JOBS = ("eap", "eap_ig")
+# Each way of weighing edges, and who has it.
+JOBS = {
+    "eap": ("headwise", "circuitkit", "auto_circuit"),
+    "eap_ig": ("headwise", "circuitkit"),
+    "mask_gradient": ("headwise", "auto_circuit"),
+}
 PEERS = ("headwise", "circuitkit", "auto_circuit")
 
 
@@ -118,7 +123,7 @@ def race(prompts: int, rounds: int, envs: Path, jobs: list[str]) -> None:
             file,
         )  # fmt: skip
         for job in jobs:
-            for name in PEERS:
+            for name in JOBS[job]:
                 out = os.path.join(room, f"{name}.json")
                 command = [env.python_of(name, envs), str(Path(__file__).with_name("circuits_worker.py"))]
                 quiet = {"HF_HUB_OFFLINE": "1", "HEADWISE_PROGRESS": "0", "PYTHONWARNINGS": "ignore"}

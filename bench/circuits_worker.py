@@ -1,6 +1,7 @@
 """One contestant of the circuit race, in its own environment: circuits_worker.py NAME JOB FOLDER BATCH OUT ROUNDS.
 
-JOB is eap or eap_ig (five gradients). Writes seconds by round, and the score of every edge under headwise's name.
+JOB is eap, eap_ig (five gradients) or mask_gradient (five points, the last of which adds nothing). Writes seconds by
+round, and the score of every edge under headwise's name.
 """
 
 import json
@@ -128,7 +129,7 @@ class AutoCircuit:
     def run(self, job: str) -> dict:
         from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 
-        steps = {"eap": {"mask_val": 0.0}, "eap_ig": {"integrated_grad_samples": STEPS - 1}}[job]
+        steps = {"eap": {"mask_val": 0.0}, "mask_gradient": {"integrated_grad_samples": STEPS - 1}}[job]
         for wrapper in self.model.dest_wrappers:
             if wrapper.patch_mask.grad is not None:
                 wrapper.patch_mask.grad = None
@@ -159,9 +160,11 @@ class Headwise:
         )  # fmt: skip
 
     def run(self, job: str) -> dict:
-        from headwise.circuits import Eap, EapIg
+        from headwise.circuits import Eap, EapIg, MaskGradient
 
-        graph = (Eap() if job == "eap" else EapIg(steps=STEPS)).find(self.model, self.batch)
+        # Where all masks are on, every source writes what the corrupt prompt has it write: that gradient is 0.
+        methods = {"eap": Eap(), "eap_ig": EapIg(steps=STEPS), "mask_gradient": MaskGradient(steps=STEPS - 1)}
+        graph = methods[job].find(self.model, self.batch)
         return {f"{s} {t}": w for (s, t), w in zip(graph.edges, graph.table["weight"].to_list(), strict=True)}
 
 

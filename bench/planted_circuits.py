@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from headwise.circuits import CDT, Conductance, Eap, EapIg, EapIgActivations, PathPatching
+from headwise.circuits import CDT, Conductance, Eap, EapIg, EapIgActivations, MaskGradient, PathPatching
 from headwise.data import Planted
 from headwise.graph import written_at
 from headwise.replicate.cd_t import planted_chains
@@ -28,6 +28,7 @@ METHODS = {
     "EAP-IG, 20 steps": EapIg(steps=20),
     "EAP-IG (activations), 10 steps": EapIgActivations(steps=10),
     "EAP": Eap(),
+    "mask gradient, 20 steps": MaskGradient(steps=20),
     "conductance, 5 steps and more": Conductance(),
 }
 CHAIN = ("token > duplicate-token head", "> inhibition's key", "> name mover's query", "> logits")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from goals import goal
 
 NAMES = {"headwise": "**headwise**", "circuitkit": "circuitkit", "auto_circuit": "AutoCircuit"}
-JOBS = {"eap": "EAP, one gradient", "eap_ig": "EAP-IG, five gradients"}
+JOBS = {"eap": "EAP, one gradient", "eap_ig": "EAP-IG, five gradients", "mask_gradient": "mask gradient, five points"}
 FASTER = 3
 METHODS = {"eap": "EAP", "eap_ig": "EAP-IG", "conductance": "conductance", "cd_t": "CD-T"}
 
@@ -79,7 +79,9 @@ def race(found: dict | None) -> str:
         "patched. Both peers run the model in TransformerLens 3.8, whose registry does not know it; it was converted "
         "by its own converter "
         f"for Llama (largest difference of a logit {max(apart, default=float('nan')):.0e}). AutoCircuit averages over "
-        "masks where EAP-IG averages over inputs. Weights of keys and values are summed over the heads that share them."
+        "masks where EAP-IG averages over inputs, and circuitkit has no such method. At the last of the five points "
+        "every edge is patched and the gradient is 0; headwise leaves that pass out. Weights of keys and values are "
+        "summed over the heads that share them."
     )
     versions = "; ".join(
         f"{name} {v.get(name.replace('_', '-'), v.get('headwise', ''))} (torch {v['torch']}, transformers "

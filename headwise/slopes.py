@@ -27,27 +27,35 @@ SHORTEST, MOST = 2.0**-20, 8
 
 
 def slopes(
-    paths: Paths, entry: Entry = ("embed", 0), value: Tensor | None = None, change: Tensor | None = None
+    paths: Paths,
+    entry: Entry = ("embed", 0),
+    value: Tensor | None = None,
+    change: Tensor | None = None,
+    toward: float = 0.0,
 ) -> Tensor:
     """The gradient of the metric along every edge, at the clean run or at one with another value at `entry`.
 
     Args:
         entry: ("embed", 0), or ("z", layer) and ("mlp", layer); then only what reads it is measured.
         value: what stands at the entry, None for what the clean run has there: [B, T, D], for z [B, T, H, d].
-        change: [B, sources, T, D] what each source changes; by default what its corrupt value would.
+        change: [B, sources, T, D] what each source changes; by default what its corrupt value would, in this run.
+        toward: share of the way, in every input, from what is written in this run to what the corrupt run reads.
 
     Returns:
         [B, targets, sources] the gradient times what the source would change, summed over columns; 0 where there is
         no edge.
     """
     kind, layer = entry
-    parts, change = paths.edges.parts, paths.change if change is None else change
+    parts = paths.edges.parts
     first = 0 if kind == "embed" else next(i for i, part in enumerate(parts) if part.number == layer)
     with torch.enable_grad(), _fixed_parameters(paths), ExitStack() as hooks:
+        here = _mix(paths, hooks, toward) if toward else paths.own
         watch = _Watch(paths, hooks, parts[first:], entry, value)
         total = paths.metric(answer_logits(paths.model, paths.batch), paths.batch).sum()
         found = torch.autograd.grad(total, list(watch.seen.values()), allow_unused=True)
     gradients = dict(zip(watch.seen, found, strict=True))
+    if change is None:
+        change = paths.between(here, paths.other) if toward else paths.change
     result = torch.zeros(len(paths), *paths.exists.shape, device=paths.model.device)
     for part in parts[first:]:
         _into_block(paths, watch, part, gradients, change, result)
@@ -63,12 +71,31 @@ def mean_slopes(paths: Paths, entry: Entry, clean: Tensor, corrupt: Tensor, step
     Raises:
         ValueError: there are no steps.
     """
-    if steps < 1:
-        raise ValueError(f"A gradient cannot be taken at {steps} points; steps is at least 1.")
+    _check(steps)
     total = slopes(paths, entry, clean)
     for step in range(1, steps):
         total += slopes(paths, entry, corrupt + step / steps * (clean - corrupt))
     return total / steps
+
+
+def masked(paths: Paths, steps: int) -> Tensor:
+    """Mean of what every edge's own mask does to the metric, while the masks of all edges move from clean to corrupt.
+
+    At a share of the way every input lies that far between what is written in this run and what it reads on the corrupt
+    prompt. The gradient by one mask is that by its input, times what the source writes on the corrupt prompt minus what
+    it writes here. With more steps all edges together add up to the whole difference of the metric.
+
+    Args:
+        steps: points at which the gradient is taken, the clean run the first; where all is corrupt it is 0.
+
+    Returns:
+        [B, targets, sources] with the sign of `slopes`.
+
+    Raises:
+        ValueError: there are no steps.
+    """
+    _check(steps)
+    return sum((slopes(paths, toward=step / steps) for step in range(1, steps)), slopes(paths)) / steps
 
 
 def followed(paths: Paths, steps: int) -> Tensor:
@@ -87,8 +114,7 @@ def followed(paths: Paths, steps: int) -> Tensor:
     Raises:
         ValueError: there are no steps.
     """
-    if steps < 1:
-        raise ValueError(f"A gradient cannot be taken at {steps} points; steps is at least 1.")
+    _check(steps)
     first = paths.edges.parts[0].number
     clean, corrupt = paths.own.resid[first], paths.other.resid[first]
 
@@ -127,6 +153,11 @@ def _points(value: Callable[[Tensor], Tensor], steps: int, rows: int, device: to
     return at
 
 
+def _check(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"A gradient cannot be taken at {steps} points; steps is at least 1.")
+
+
 def attributed(method: Method, parts: list[Paths], batch: Batch, found: list[Tensor]) -> Graph:
     """The graph of all edges, each with the estimated loss of the metric when it is patched."""
     where = parts[0].exists
@@ -146,6 +177,34 @@ def _fixed_parameters(paths: Paths) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+def _mix(paths: Paths, hooks: ExitStack, share: float) -> Taken:
+    """While the hooks last, what every norm reads is a share of the way to what it reads on the corrupt prompt.
+
+    What a run writes meanwhile is in what is handed back.
+    """
+    first, rows = paths.edges.parts[0].number, len(paths)
+    here = Taken(resid={first: paths.own.resid[first]})
+
+    def mix(other: Tensor) -> Callable:
+        return lambda value: torch.lerp(value, other.to(value.dtype), share)
+
+    def wrote(part: Part) -> Callable:
+        def keep(value: Tensor) -> None:
+            here.z[part.number] = value.detach().unflatten(-1, (len(part.heads), -1))
+
+        return keep
+
+    for part in paths.edges.parts:
+        number = part.number
+        before_input(hooks, part.before, mix(paths.other.resid[number]), rows)
+        before_input(hooks, part.out, wrote(part), rows)
+        if part.mlp is not None:
+            before_input(hooks, part.mid, mix(paths.other.mid[number]), rows)
+            after_output(hooks, part.mlp, lambda value, number=number: here.mlp.update({number: value.detach()}), rows)
+    before_input(hooks, paths.edges.final, mix(paths.other.end), rows)
+    return here
 
 
 class _Watch:

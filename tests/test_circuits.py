@@ -10,12 +10,12 @@ from families import ALL
 from test_heads import make
 from traces import traces
 
-from headwise.circuits import Conductance, Eap, EapIg, EapIgActivations, PathPatching
+from headwise.circuits import Conductance, Eap, EapIg, EapIgActivations, MaskGradient, PathPatching
 from headwise.data import IOI, Induction, Planted
 from headwise.graph import CircuitMethod, Graph
 from headwise.method import catalogue, load
 from headwise.paths import prepare
-from headwise.slopes import followed, slopes
+from headwise.slopes import followed, masked, slopes
 from headwise.task import logit_diff
 
 METHODS = [card.name for card in catalogue("circuits") if issubclass(load(card.name), CircuitMethod)]
@@ -93,10 +93,24 @@ def test_what_edges_pass_on_adds_up_across_every_cut(kind):
         assert torch.allclose(across, whole, rtol=0.02, atol=0.01 * float(whole.abs().max())), (source, target)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_a_mask_is_worth_what_patching_all_edges_a_little_further_shows(kind):
+    (paths,) = prepare(ALL[kind].build(), make(kind), logit_diff)
+    share, step = 0.4, 0.002
+    everywhere, found = paths.exists.float(), slopes(paths, toward=share)
+    for edge in random.Random(kind).sample(paths.edges.all(), 8):
+        one = step * paths.patching([edge])
+        both = paths.run(torch.stack([share * everywhere + one, share * everywhere - one]))
+        c, u = paths.place(edge)
+        assert ((both[0] - both[1]) / (2 * step) - found[:, c, u]).abs().max() < 5e-3
+    whole = (paths.corrupt - paths.clean).float()
+    assert torch.allclose(masked(paths, 64).sum((1, 2)), whole, rtol=0.03, atol=0.03 * float(whole.abs().max()))
+
+
 def test_between_equal_prompts_no_edge_is_worth_anything():
     model, batch = ALL["llama"].build(), make("llama")
     same = dataclasses.replace(batch, corrupt=batch.inputs)
-    for method in (PathPatching(), Eap(), EapIg(), EapIgActivations(), Conductance()):
+    for method in (PathPatching(), Eap(), EapIg(), EapIgActivations(), Conductance(), MaskGradient()):
         assert method.find(model, same).table["weight"].abs().max() < 1e-5
 
 
@@ -120,6 +134,8 @@ def test_senders_and_receivers_choose_edges():
         EapIg(steps=0).find(model, batch)
     with pytest.raises(ValueError, match="cannot be taken at 0 points"):
         Conductance(steps=0).find(model, batch)
+    with pytest.raises(ValueError, match="cannot be taken at 0 points"):
+        MaskGradient(steps=0).find(model, batch)
 
 
 def test_parts_of_a_batch_give_what_the_whole_gives():
