@@ -56,6 +56,7 @@ def generate_command(
         opened, tokenizer = open_model(model, dtype=dtype, device=device)
         method = None if draft == "none" else named_draft(draft, opened, tokenizer)
         ids = _prompt_ids(tokenizer, said, chat).to(opened.device)
+        _check_room(opened, ids.shape[1], tokens)
         torch.manual_seed(seed)
         how: dict[str, Any] = {"max_new_tokens": tokens, "attention_mask": torch.ones_like(ids), "do_sample": sample}
         how |= {"temperature": temperature, "top_p": top_p} if sample else {}
@@ -75,6 +76,13 @@ def _prompt_ids(tokenizer: Any, said: str, chat: bool) -> Any:
         text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
         return torch.tensor([encode(tokenizer, text)])
     return torch.tensor([start_ids(tokenizer) + encode(tokenizer, said)])
+
+
+def _check_room(model: "PreTrainedModel", prompt: int, tokens: int) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and prompt + tokens > room:
+        left = f"; ask for at most {room - prompt} with --tokens" if prompt < room else ""
+        raise ValueError(f"The prompt is {prompt} tokens, and this model reads at most {room}{left}.")
 
 
 def _generate(

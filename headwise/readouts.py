@@ -57,7 +57,7 @@ def _sources(tokenizer: Any) -> dict[str, int]:
     found = {}
     for word in WORDS:
         for text in (f" {word}", word):
-            ids = tokenizer.encode(text, add_special_tokens=False)
+            ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
             if len(ids) == 1 and ids[0] not in found.values():
                 found[text] = ids[0]
                 break

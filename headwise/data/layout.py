@@ -44,7 +44,7 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Token ids of a text, without special tokens."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def ordinary_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -120,7 +120,7 @@ def write(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece]) -> Prom
             chars[name] = (at + len(piece) - len(piece.lstrip(" ")), at + len(piece))
         at += len(piece)
     if tokenizer.is_fast:
-        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
         for name, (low, high) in chars.items():
             inside = [i for i, (a, b) in enumerate(offsets) if a < high and b > low]

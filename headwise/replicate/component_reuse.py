@@ -1,7 +1,8 @@
 """Circuit Component Reuse Across Tasks in Transformer Language Models. Merullo, Eickhoff and Pavlick, 2023.
 arXiv:2310.08744
 
-Row s121 of the mission. Heads are weighed by attribution patching on indirect objects and on coloured objects. The
+Row s121 of the mission. Heads are weighed on indirect objects and on coloured objects by what is lost when each alone
+writes what it writes on another prompt. The
 default model does the second badly. Up to four heads of the first circuit are set to another strength, chosen on one
 half of the prompts and measured on others; as many random heads of the same layers are set by the same rule.
 """
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from headwise.circuits import ComponentReuse as Method
 from headwise.data import IOI, ColouredObjects
 from headwise.do import Scale, do
-from headwise.heads import Attribution
+from headwise.heads import Ablation
 from headwise.models import open_model
 from headwise.replicate import Outcome, Replication, settle
 from headwise.replicate.runs import logits_of
@@ -32,7 +33,8 @@ class ComponentReuse(Replication):
     claim: ClassVar[str] = "Two tasks share most of their heads, and setting four of them repairs the weaker one."
     paper: ClassVar[str] = "78 % of the heads are shared; 49.6 % to 93.7 % on coloured objects by setting four heads"
     changed: ClassVar[str] = (
-        "after its first record the check on shared heads was put first, as it is the claim; no threshold was moved"
+        "after its first record the check on shared heads was put first, as it is the claim; heads were weighed by the "
+        "gradient (attribution patching) before they were by exact patching; no threshold was moved"
     )
 
     candidates: ClassVar[int] = 10
@@ -46,7 +48,7 @@ class ComponentReuse(Replication):
         n = 32 if self.full else 16
         weak = ColouredObjects()
         scores = [
-            Attribution(metric="logit_diff", prompts=4).score(model, task.make(tokenizer, n, seed))
+            Ablation(value="resample", metric="logit_diff").score(model, task.make(tokenizer, n, seed))
             for task in (IOI(), weak)
         ]
         method = Method(seed=seed)

@@ -3,7 +3,7 @@ arXiv:2405.12522
 
 Row s103 of the mission. Which heads matter for indirect objects is measured exactly, one head at a time, on prompts
 that the autoencoder does not see. Scores come from ten prompts and their corrupt twins. The control swaps prompt and
-twin in every other pair, so that "positive" means nothing.
+twin in every other pair, so that "positive" means nothing. Seconds are of processor time, on one thread.
 """
 
 import time
@@ -42,6 +42,10 @@ class DiscreteSAECircuits(Replication):
     claim: ClassVar[str] = "Codes of a sparse autoencoder on ten prompts tell the heads of a circuit, in seconds."
     paper: ClassVar[str] = "higher precision and recall than the state of the art on three tasks; seconds, not hours"
 
+    changed: ClassVar[str] = (
+        "seconds were those of the clock of a busy machine, and are those of processor time; no threshold was moved"
+    )
+
     share: ClassVar[float] = 0.1
     least_auc: ClassVar[float] = 0.8
     most_control: ClassVar[float] = 0.6
@@ -53,10 +57,10 @@ class DiscreteSAECircuits(Replication):
         model, tokenizer = open_model("default")
         few = IOI().make(tokenizer, 10, seed)
         truth = IOI().make(tokenizer, 32 if self.full else 12, seed + 1)
-        started = time.perf_counter()
+        started = time.process_time()
         exact = effects(model, truth, None, "resample", logit_diff, label="s103 exact")
         # The sweep of as many prompts as the autoencoder has.
-        sweep = (time.perf_counter() - started) * len(few) / len(truth)
+        sweep = (time.process_time() - started) * len(few) / len(truth)
         loss = np.array([float(exact.of(unit).mean()) for unit in exact.changed])
         positive = loss >= np.quantile(loss, 1 - self.share)
         units = list(exact.changed)
@@ -64,9 +68,9 @@ class DiscreteSAECircuits(Replication):
         def judged(score: Score) -> float:
             return auc(np.array([score[unit] for unit in units]), positive)
 
-        started = time.perf_counter()
+        started = time.process_time()
         scores = [DiscreteSAE(seed=seed).score(model, few)]
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         scores += [DiscreteSAE(seed=seed + i).score(model, few) for i in (1, 2)]
         found = [judged(score) for score in scores]
         control = [judged(DiscreteSAE(seed=seed + i).score(model, swapped(few))) for i in range(3)]
