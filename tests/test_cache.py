@@ -3,10 +3,9 @@
 import gc
 
 import kv_twins
-import naive_codes
 import pytest
 import torch
-from caches import HOLDS, METHODS, NAMES, NEW, PROMPT, WAYS, build, built_once, generated, size, small, text, through
+from caches import HOLDS, METHODS, NAMES, NEW, PROMPT, WAYS, build, generated, size, small, text, through
 
 from headwise.anatomy import anatomy
 from headwise.attach import caching, treated
@@ -15,16 +14,7 @@ from headwise.data import Needle, Planted
 from headwise.kv_cache import KVCache, kv_units
 from headwise.store import GROWTH
 
-
-@pytest.fixture(scope="module", autouse=True)
-def codes():
-    with naive_codes.where_torchao_is_missing():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return built_once()
+pytestmark = pytest.mark.usefixtures("codes")
 
 
 @pytest.mark.parametrize("way", [*WAYS, "chat"])

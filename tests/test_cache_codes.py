@@ -5,24 +5,14 @@ import sys
 import naive_codes
 import pytest
 import torch
-from caches import built_once, text, through
+from caches import text, through
 
 from headwise.attach import caching
 from headwise.cache import AdaKV, Preallocated, Quantised, Razor, SnapKV, Streaming
 from headwise.codes import Codes, primitives
 
 PRIMITIVES = primitives
-
-
-@pytest.fixture(scope="module", autouse=True)
-def codes():
-    with naive_codes.where_torchao_is_missing():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return built_once()
+pytestmark = pytest.mark.usefixtures("codes")
 
 
 def test_few_bits_are_few_bytes_and_near():

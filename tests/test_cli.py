@@ -8,18 +8,7 @@ import sys
 import time
 
 import pytest
-from command_line import refused, run, tiny_decoder, tiny_encoder
-
-
-@pytest.fixture(scope="session")
-def decoder(tmp_path_factory):
-    return tiny_decoder(tmp_path_factory.mktemp("models") / "tiny-decoder")
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    return tiny_encoder(tmp_path_factory.mktemp("models") / "tiny-encoder")
-
+from command_line import refused, run
 
 # Help and lists
 

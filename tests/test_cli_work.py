@@ -10,7 +10,7 @@ import time
 
 import polars as pl
 import pytest
-from command_line import refused, run, tiny_decoder, tiny_encoder
+from command_line import refused, run
 
 from headwise import cli
 from headwise.atlas import Atlas
@@ -19,16 +19,6 @@ from headwise.data.planted import Planted
 from headwise.score import COLUMNS, Score
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="session")
-def decoder(tmp_path_factory):
-    return tiny_decoder(tmp_path_factory.mktemp("models") / "tiny-decoder")
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    return tiny_encoder(tmp_path_factory.mktemp("models") / "tiny-encoder")
 
 
 @pytest.fixture

@@ -16,16 +16,6 @@ from headwise.tap import tap
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return FAMILIES["llama"].build()
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["llama"].inputs()
-
-
 def with_input_hook(model, module, edit, inputs):
     """The naive twin: the input of a module, edited by hand."""
     hook = module.register_forward_pre_hook(lambda m, args: (edit(args[0].clone()), *args[1:]))

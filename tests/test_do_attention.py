@@ -14,16 +14,6 @@ from headwise.tap import tap
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return FAMILIES["llama"].build()
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["llama"].inputs()
-
-
 def eager_twin(monkeypatch, edit):
     """A llama whose own eager attention hands q, k, v, scores and pattern of layer 1 to `edit`."""
     model = FAMILIES["llama"].build("eager")

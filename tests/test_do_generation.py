@@ -11,16 +11,6 @@ from headwise.do import Add, Cut, Freeze, Scale, Zero, do
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return FAMILIES["llama"].build()
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["llama"].inputs()
-
-
 def without_cache(model, inputs, steps, *interventions):
     """Greedy tokens, each from a whole pass over prompt and answer so far. The caller gives absolute positions."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
