@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headwise.atlas import Atlas
     from headwise.bench import Cost
     from headwise.kv_cache import CacheMethod
+    from headwise.packing import Packed
     from headwise.plan import Plan
     from headwise.planning import Making
     from headwise.quality import Quality
@@ -95,10 +96,14 @@ def bench_command(
     force: Annotated[bool, typer.Option("--force", help="Measure plans although a test rejected them.")] = False,
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Each once more, with packed weights (see generate).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure caches, or drafts, side by side: seconds, bytes and answers, with transformers' own beside them."""
     with sentences():
+        from headwise.packing import Packed
         from headwise.plan import Plan, named_method
         from headwise.view.report import write
 
@@ -112,10 +117,11 @@ def bench_command(
             one.check(opened)
             if not force and (one.trial is None or not one.trial.accepted):
                 raise ValueError(f"Plan {name} was not accepted by a test; --force measures it all the same.")
+        weights = Packed(opened) if packed else None
         if drafts:
-            bench_drafts(opened, tokenizer, drafts, plans, (tokens or 64, rounds, seed), as_json)
+            bench_drafts(opened, tokenizer, drafts, plans, weights, (tokens or 64, rounds, seed), as_json)
             return
-        rows = _bench(opened, tokenizer, chosen, plans, (at, tokens or 16, rounds, seed), quality)
+        rows = _bench(opened, tokenizer, chosen, plans, weights, (at, tokens or 16, rounds, seed), quality)
         atlas.add_bench(rows)
         write(atlas, atlas.path / "report.html")
         if as_json:
@@ -149,11 +155,13 @@ def _bench(
     tokenizer: Any,
     methods: "dict[str, CacheMethod]",
     plans: "dict[str, Plan]",
+    packed: "Packed | None",
     how: tuple[int, int, int, int],
     with_quality: bool,
 ) -> list[dict[str, Any]]:
     from headwise import quality as worth
     from headwise.bench import cost, dynamic, static
+    from headwise.data import HeldOut
     from headwise.kv_cache import KVCache, kv_units
 
     at, tokens, rounds, seed = how
@@ -163,15 +171,20 @@ def _bench(
     treatments |= {f"plan {name}": one.treatments() for name, one in plans.items()}
     caches: dict[str, Any] = {"DynamicCache": dynamic(model), "StaticCache": static(model, most)}
     caches |= {name: lambda chosen=chosen: KVCache(model, chosen, most) for name, chosen in treatments.items()}
-    ids = worth.prompts(tokenizer, at, seed)["text"].ids[:1]
-    costs = {one.name: one for one in cost(model, caches, ids, tokens=tokens, rounds=rounds)}
+    # Packed weights change the time of a cache, not what it answers.
+    again = {} if packed is None else {f"{name}, packed": name for name in caches}
+    caches |= {name: caches[own] for name, own in again.items()}
+    inside = dict.fromkeys(again, packed)
+    ids = HeldOut(length=at).make(tokenizer, 1, seed).ids
+    costs = {one.name: one for one in cost(model, caches, ids, tokens=tokens, rounds=rounds, inside=inside)}
     found: dict[str, Quality] = {}
     if with_quality:
         asked: dict[str, Any] = {"DynamicCache": None}
         asked |= {name: lambda chosen=chosen: KVCache(model, chosen) for name, chosen in treatments.items()}
         found = worth.compare(model, tokenizer, asked, at, seed)
     full = costs["DynamicCache"]
-    return [_bench_row(name, one, full, found.get(name), found.get("DynamicCache")) for name, one in costs.items()]
+    best = found.get("DynamicCache")
+    return [_bench_row(name, one, full, found.get(again.get(name, name)), best) for name, one in costs.items()]
 
 
 def _bench_row(name: str, one: "Cost", full: "Cost", mine: "Quality | None", best: "Quality | None") -> dict[str, Any]:

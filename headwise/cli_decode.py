@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from headwise.decoding import Speed
     from headwise.drafting import Stats
+    from headwise.packing import Packed
     from headwise.plan import Plan
 
 DRAFT_HELP = "A drafting method with its fields, such as copyspec:gamma=5, or none."
@@ -190,6 +191,7 @@ def bench_drafts(
     tokenizer: Any,
     names: list[str],
     plans: "dict[str, Plan]",
+    packed: "Packed | None",
     how: tuple[int, int, int],
     as_json: bool,
 ) -> None:
@@ -197,9 +199,10 @@ def bench_drafts(
 
     Args:
         plans: for each, greedy generation and the first method under it are measured too.
+        packed: with these weights everything is measured once more.
         how: tokens of an answer, rounds, seed.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from headwise.data.requests import copying, open_ended
     from headwise.decoding import Way, compare, named_draft, usual
@@ -212,6 +215,8 @@ def bench_drafts(
         first = next(iter(methods), None)
         if first is not None:
             ways[f"plan {name} + {first}"] = Way(methods[first], treatments=plan.treatments())
+    if packed is not None:
+        ways |= {f"{name}, packed": replace(way, packed=packed) for name, way in ways.items()}
     found: dict[str, Sequence[Speed]] = {}
     for kind, make in (("repeats a text", copying), ("does not", open_ended)):
         found[kind] = compare(model, tokenizer, ways, make(tokenizer, 8, seed), tokens=tokens, rounds=rounds)

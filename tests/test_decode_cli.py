@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from command_line import WORDS, run, tiny_decoder
 from test_docs import keys
 
@@ -10,6 +11,7 @@ import headwise as hw
 from headwise.data.requests import COPYING, OPEN, Request, copying, open_ended
 from headwise.decoding import Way, compare, named_draft, usual
 from headwise.kv_cache import kv_units
+from headwise.matmul import offered
 from headwise.plan import Plan
 
 PROMPT = " ".join(f"w{i}" for i in [5, 9, 7, 30, 31, 5, 9, 7, 30, 31, 5, 9])
@@ -80,6 +82,28 @@ def test_bench_measures_drafts(capsys, folder, tmp_path, monkeypatch):
     assert "tokens a pass" in run(capsys, "bench", folder, "decode.copyspec", "--tokens", 4, "--rounds", 1).out
     mixed = run(capsys, "bench", folder, "decode.copyspec", "cache.duo")
     assert mixed.code == 2 and "one kind at a time" in mixed.err
+
+
+@pytest.mark.skipif(not offered(torch.ones(1, 1)), reason="packs on a CPU with AVX-512")
+def test_bench_measures_each_once_more_with_packed_weights(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run(capsys, "bench", folder, "decode.copyspec", "--tokens", 4, "--rounds", 1, "--packed", "--json")
+    usual = ["greedy", "prompt lookup (transformers)", "decode.copyspec"]
+    for kind in json.loads(found.out).values():
+        assert [row["name"] for row in kind] == [*usual, *(f"{name}, packed" for name in usual)]
+        assert all(row["same"] == 1 for row in kind)
+
+
+@pytest.mark.skipif(not offered(torch.ones(1, 1)), reason="packs on a CPU with AVX-512")
+def test_bench_measures_caches_of_the_default_model_with_packed_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--at", 64, "--tokens", 2, "--rounds", 1, "--no-quality", "--packed", "--json")
+    rows = json.loads(run(capsys, "bench", "default", "cache.duo:sink=4,recent=16", *words).out)
+    held = {row["cache"]: row["bytes"] for row in rows}
+    usual = ["DynamicCache", "StaticCache", "cache.duo:sink=4,recent=16"]
+    assert list(held) == [*usual, *(f"{name}, packed" for name in usual)]
+    assert all(held[name] == held[f"{name}, packed"] > 0 for name in usual) and held[usual[2]] < held[usual[0]]
+    assert all(row["decode_ms"] > 0 and row["kept"] is None for row in rows)
 
 
 def test_ways_are_compared_request_by_request(opened):
