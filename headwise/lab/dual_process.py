@@ -34,7 +34,7 @@ class DualProcess(Experiment):
 
     words: int = 1000
     zipf: float = 0.0
-    forget: int = 10
+    forget: int = 5
     until: int = 1500
 
     def conditions(self) -> dict[str, Condition]:

@@ -1,7 +1,7 @@
 """Towards Better Understanding of In-Context Learning Ability from In-Context Uncertainty Quantification. Liu et al.,
 2024. arXiv:2405.15115
 
-Row s047 of the mission. Scaled down: 5 channels, and x and the example before it share a position.
+Row s047 of the mission. Scaled down: three channels, and x and the example before it share a position.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ class ICLUncertainty(Experiment):
     """Trains a network to say a mean and a variance, on endless tasks and on a pool of few.
 
     Fields:
+        dim: channels of x.
         pool: tasks of the second condition.
         length: examples in a prompt.
     """
@@ -26,14 +27,15 @@ class ICLUncertainty(Experiment):
     goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 1.3)
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
+    dim: int = 3
     pool: int = 8
     length: int = 20
 
     def conditions(self) -> dict[str, Condition]:
         """New weights in every prompt, or weights from a pool."""
-        size = {"dim": 8, "length": 100, "apart": True} if self.full else {"length": self.length}
+        size = {"dim": 8, "length": 100, "apart": True} if self.full else {"dim": self.dim, "length": self.length}
         shape = GPT2 | {"act": "gelu"} if self.full else {}
-        training = in_context(200_000 if self.full else 6000, self.full)
+        training = in_context(200_000 if self.full else 10_000, self.full)
         lessons = {
             "endless tasks": UncertainRegression(**size),
             f"{self.pool} tasks": UncertainRegression(tasks=self.pool, **size),

@@ -43,7 +43,8 @@ class ICLUncertaintyReplication(Replication):
     paper: ClassVar[str] = "near Bayes-optimal in distribution; not Bayesian under task shift; follows covariate shift"
     changed: ClassVar[str] = (
         "A first run of 2,500 steps, with a pool of 32 tasks, was 0.18 nats above Bayes and had not learned its pool; "
-        "then 6,000 steps on endless tasks, and 3,000 on a pool of 8. Thresholds are as they were."
+        "then 6,000 steps on endless tasks, and 3,000 on a pool of 8, which left 0.13; then 10,000 steps and three "
+        "channels in place of five. Thresholds are as they were."
     )
 
     prompts: ClassVar[int] = 2000
