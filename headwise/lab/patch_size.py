@@ -31,7 +31,7 @@ class PatchSize(Experiment):
     def conditions(self) -> dict[str, Condition]:
         """One a size, all with as many updates."""
         training = Training(
-            steps=10_000 if self.full else 600,
+            steps=10_000 if self.full else 2000,
             batch=64,
             lr=2e-3,
             decay="cosine",

@@ -42,7 +42,7 @@ class RepresentedICL(Experiment):
     """Trains a network on functions that are linear in a fixed representation of x, and in one of two.
 
     Fields:
-        width: channels of a representation.
+        dim: channels of x; width: of a representation.
         length: examples in a prompt.
     """
 
@@ -50,15 +50,16 @@ class RepresentedICL(Experiment):
     goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 0.5)
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
-    width: int = 6
+    dim: int = 3
+    width: int = 4
     length: int = 20
 
     def conditions(self) -> dict[str, Condition]:
         """One representation, or two that prompts do not name."""
         size = {"dim": 20, "width": 20, "length": 41, "apart": True} if self.full else {}
-        size = {"width": self.width, "length": self.length} | size
-        shape = GPT2 if self.full else {}
-        training = in_context(300_000 if self.full else 5000, self.full)
+        size = {"dim": self.dim, "width": self.width, "length": self.length} | size
+        shape = GPT2 if self.full else {"layers": 4}
+        training = in_context(300_000 if self.full else 10_000, self.full)
         lessons = {
             "one representation": RepresentedRegression(**size),
             "two representations": RepresentedRegression(maps=2, **size),

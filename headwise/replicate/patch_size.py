@@ -22,6 +22,11 @@ class PatchSizeReplication(Replication):
     claim: ClassVar[str] = "The smaller the patches of a vision transformer, the lower its loss, down to single pixels."
     paper: ClassVar[str] = "consistent gains down to 1 x 1 pixels on ImageNet, up to 50,176 tokens and 84.6 %"
 
+    changed: ClassVar[str] = (
+        "a first run of 600 updates left single pixels at a loss of 1.2 that was still falling; then 2,000 updates. "
+        "Thresholds are as they were."
+    )
+
     level: ClassVar[float] = 0.05
 
     def run(self, seed: int = 0) -> Outcome:
