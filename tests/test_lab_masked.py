@@ -57,8 +57,12 @@ def test_the_loss_goes_down():
     conditions = lab.conditions()
     assert list(conditions) == ["masked 0%", "masked 20%"]
     one = conditions["masked 20%"]
+    shares = [change.lesson.masked for change in one.edits]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] < one.lesson.masked == 0.2
+    on = [sum(change.when.on(step) for change in one.edits) for step in range(one.training.steps)]
+    assert on[0] == 1 and on[-1] == 0 and sorted(on, reverse=True) == on
     few = replace(one.training, steps=30, measure_every=15, rows=64)
-    run = train(one.model, one.lesson, few, seed=1)
+    run = train(one.model, one.lesson, few, one.edits, seed=1)
     losses = run.tape.curve("loss")[1]
     assert losses[-1] < losses[0] and 0 <= run.tape.last("exact", "fresh") <= 1
     assert replicate.find("s023").name == "masked_steps"

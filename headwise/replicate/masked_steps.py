@@ -1,7 +1,7 @@
 """Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language
 Models. Chen et al., 2024. arXiv:2403.02178
 
-Row s023 of the mission. Sums and products in steps, of 5,000 problems, five paired seeds. An answer is exact when every
+Row s023 of the mission. Sums and products in steps, of 1,000 problems, five paired seeds. An answer is exact when every
 result of it would be right if the model wrote them one by one.
 """
 
@@ -27,6 +27,12 @@ class MaskedSteps(Replication):
         "Masking some of the steps that are read in training makes more answers right, and the question is read more."
     )
     paper: ClassVar[str] = "GSM8K with Llama-2 7B: 42.8 to 47.3 % of the answers right"
+
+    changed: ClassVar[str] = (
+        "a first run had 5,000 problems, which showed every sum and product 13 times and left the baseline nothing to "
+        "gain, and all masks from the first step; then 1,000, with weight decay and masks that rise over two thirds of "
+        "training as in the paper. Thresholds are as they were."
+    )
 
     prompts: ClassVar[int] = 2000
     least_gain: ClassVar[float] = 0.02
