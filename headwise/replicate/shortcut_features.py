@@ -37,8 +37,8 @@ class ShortcutFeaturesReplication(Replication):
 
     changed: ClassVar[str] = (
         "linear models are fitted to the optimum of their loss, where a first run gave them the networks' 1,500 steps, "
-        "too few at a ratio of 16; twelve seeds in place of five; correlations are rounded to 9 digits, for 0.9 was read "
-        "as less."
+        "too few at a ratio of 16; twelve seeds in place of five; correlations are rounded to 9 digits, for 0.9 was "
+        "read as less."
     )
 
     seeds: ClassVar[tuple[int, ...]] = tuple(range(5, 17))
