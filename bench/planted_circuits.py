@@ -104,7 +104,7 @@ def page(rows: list[dict]) -> str:
         "Planted heads choose sharply, and each turns while the one before it does, so that the answer changes (from 10 to 90 %) within 0.0003 of the way between the two prompts; this was looked at in four of the models.",
         "EAP-IG multiplies the mean slope there by all that a source changes between the prompts. Before the turn that is too little, for points of equal distance miss it; at the name mover it is far too much, for the slope holds only until the mover has turned, and the inhibition head goes on changing. More steps do not mend it: they bring the mean slope nearer to its value, and the product stays wrong. One edge that is weighed forty times too much then hides the others, where *found* asks for a tenth of the largest.",
         "Conductance multiplies each slope by what the source changes in the same step, and halves the steps in which the metric turns; its edges add up to the whole difference across any cut, but for the size of the steps. What it finds beside the planted edges is the mover's value: on the corrupt prompt the mover still looks at the second mention, whose name is another.",
-        "The mask gradient mixes every input with what the corrupt run reads there. A head that chooses sharply then turns at once, and nothing behind it tells that it did: the edges of induction are found, those of indirect objects are not.",
+        "The mask gradient finds the edges of induction, and of those for indirect objects few; why was not looked into.",
     ]
     return "\n".join(lines) + "\n"
 

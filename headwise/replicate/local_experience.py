@@ -33,8 +33,8 @@ class LocalExperience(Replication):
     )
 
     changed: ClassVar[str] = (
-        "three nets in place of two, and fifty draws of free generation in place of ten, after its error was 1.99 times "
-        "smaller where 2 was asked. Thresholds are as they were."
+        "three nets in place of two, and fifty draws of free generation in place of ten, after its error was 1.99 "
+        "times smaller where 2 was asked. Thresholds are as they were."
     )
 
     least_gain: ClassVar[float] = 2.0
