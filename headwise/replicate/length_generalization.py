@@ -28,6 +28,11 @@ class LengthGeneralization(Replication):
         "nearly perfect on longer prompts for count, mode and copying of different letters; none for parity and "
         "copying with repeats, until hints and scratchpads are added"
     )
+    changed: ClassVar[str] = (
+        "a first run had rotary positions, two layers and 1,500 steps; then the paper's learned positions, three layers, "
+        "2,000 steps and 4,000 with hints, of which copying with hints had 12 % where it had 0. Thresholds are as they "
+        "were."
+    )
 
     least: ClassVar[float] = 0.95
     most: ClassVar[float] = 0.6
