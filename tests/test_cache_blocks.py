@@ -152,6 +152,28 @@ def test_after_rollback_they_go_on_as_if_nothing_had_been(llama, method, cut):
     torch.testing.assert_close(torch.cat(out, 1), plain[:, 24:], atol=1e-4, rtol=1e-4)
 
 
+# How many tokens of each turn are right and how many wrong. The second turn goes beyond what is read whole and the third
+# does not, so that nothing chosen in the one may be kept for those behind the other.
+GUESSES = [(7, 0), (1, 10), (5, 2), (3, 6), (1, 1), (4, 12), (2, 0), (3, 5), (4, 4), (4, 9), (4, 2), (4, 3), (2, 0)]
+
+
+@pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
+def test_wrong_guesses_from_the_first_tokens_on_leave_no_trace(llama, method):
+    method, ids = replace(method, single=64), text()
+    plain, _ = through(llama, method, ids, [0, 0], [1] * 44)
+    with caching(llama), torch.no_grad():
+        cache = method.build(llama)
+        cache.activate_past_recording()
+        at, out = 0, []
+        for right, wrong in GUESSES:
+            guesses = torch.cat([ids[:, at : at + right], (ids[:, at : at + wrong] + 1) % VOCAB], 1)
+            out.append(llama(guesses, past_key_values=cache).logits[:, :right])
+            cache.crop(-wrong)
+            at += right
+    assert at == 44
+    torch.testing.assert_close(torch.cat(out, 1), plain, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", [MEMORY, CHUNKS], ids=["infllm", "longheads"])
 def test_a_long_turn_can_be_taken_back_in_part(llama, method):
     # 15 is a multiple of what looks together, so that the tokens that stay looked as they would have without the rest.

@@ -107,6 +107,9 @@ class Paged(Full):
 
     def _choice(self, q: Tensor, column: int, own: Tensor) -> Tensor:
         """[B, H, pages] what this token reads beside its own page: chosen now where it is time, else as before."""
+        if column < self.bounds.least + self.method.budget:
+            # Everything, as a token that comes alone here would; it is no choice that later tokens could keep.
+            return self._choose(q, column, own)
         self.read_bounds = 0
         if self.chosen is None:
             self.chosen, self.chosen_at = self._choose(q, column, own)[:, None], [column]
