@@ -1,8 +1,8 @@
 """Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language
 Models. Chen et al., 2024. arXiv:2403.02178
 
-Row s023 of the mission. Small decoders taught from nothing on so few problems that some steps are never shown, where
-the paper fine-tunes Llama. As in the paper the share of masks rises from 0 in the course of training.
+Row s023 of the mission. Small decoders taught from nothing on as few problems as leave something to gain, where the
+paper fine-tunes Llama. As in the paper the share of masks rises from 0 in the course of training.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class MaskedSteps(Experiment):
     seeds: ClassVar[tuple[int, ...]] = (5, 6, 7, 8, 9)
 
     masked: tuple[float, ...] = (0.0, 0.2)
-    problems: int = 1000
+    problems: int = 3000
     rising: float = 2 / 3
 
     def conditions(self) -> dict[str, Condition]:

@@ -1,7 +1,7 @@
 """Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language
 Models. Chen et al., 2024. arXiv:2403.02178
 
-Row s023 of the mission. Sums and products in steps, of 1,000 problems, five paired seeds. An answer is exact when every
+Row s023 of the mission. Sums and products in steps, of 3,000 problems, five paired seeds. An answer is exact when every
 result of it would be right if the model wrote them one by one.
 """
 
@@ -30,8 +30,9 @@ class MaskedSteps(Replication):
 
     changed: ClassVar[str] = (
         "a first run had 5,000 problems, which showed every sum and product 13 times and left the baseline nothing to "
-        "gain, and all masks from the first step; then 1,000, with weight decay and masks that rise over two thirds of "
-        "training as in the paper. Thresholds are as they were."
+        "gain, and all masks from the first step; since then masks rise over two thirds of training, as in the paper, "
+        "and weights decay. With 1,000 problems nothing was right with or without masks; with 3,000 one net without "
+        "masks had 90 %, so 3,000 it is. Thresholds are as they were."
     )
 
     prompts: ClassVar[int] = 2000
