@@ -1,12 +1,11 @@
 """In-Context Linear Regression Demystified: Training Dynamics and Mechanistic Interpretability of Multi-Head Softmax
 Attention. He et al., 2025. arXiv:2503.12734
 
-Row s094 of the mission. Scaled down: 5,000 steps with a larger learning rate that decays, in place of 500,000, and
-20,000 for four heads, which need longer to agree. The valley is flat: products of KQ and OV are as in the paper long
-before each of the two is.
+Row s094 of the mission. Scaled down: 5,000 steps with a larger learning rate that decays, in place of 500,000. The
+valley is flat: products of KQ and OV are as in the paper long before each of the two is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -98,10 +97,9 @@ class RegressionHeads(Experiment):
             rows=512,
             checkpoint_every=2000,
         )
-        longer = replace(training, steps=20_000)
         return {
             f"{count} head{'s' if count > 1 else ''}": Condition(
-                TinyConfig(**lesson.config(heads=count)), lesson, training if self.full or count < 4 else longer
+                TinyConfig(**lesson.config(heads=count)), lesson, training
             )
             for count in self.heads
         }
