@@ -152,8 +152,8 @@ def test_after_rollback_they_go_on_as_if_nothing_had_been(llama, method, cut):
     torch.testing.assert_close(torch.cat(out, 1), plain[:, 24:], atol=1e-4, rtol=1e-4)
 
 
-# How many tokens of each turn are right and how many wrong. The second turn goes beyond what is read whole and the third
-# does not, so that nothing chosen in the one may be kept for those behind the other.
+# How many tokens of each turn are right and how many wrong. The second turn goes beyond what is read whole and the
+# third does not, so that nothing chosen in the one may be kept for those behind the other.
 GUESSES = [(7, 0), (1, 10), (5, 2), (3, 6), (1, 1), (4, 12), (2, 0), (3, 5), (4, 4), (4, 9), (4, 2), (4, 3), (2, 0)]
 
 
