@@ -38,7 +38,7 @@ JOBS = {
     "eap_ig": ("headwise", "circuitkit"),
     "mask_gradient": ("headwise", "auto_circuit"),
 }
-PEERS = ("headwise", "circuitkit", "auto_circuit")
+PEERS = JOBS["eap"]
 
 
 def sampled(graphs: dict[str, Graph], count: int, seed: int = 0) -> list[tuple[str, str]]:

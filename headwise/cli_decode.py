@@ -80,9 +80,12 @@ def _prompt_ids(tokenizer: Any, said: str, chat: bool) -> Any:
 
 
 def _check_room(model: "PreTrainedModel", prompt: int, tokens: int) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and prompt + tokens > room:
-        left = f"; ask for at most {room - prompt} with --tokens" if prompt < room else ""
+    from headwise.models import reach
+
+    room = reach(model)
+    # The last token that is written is not read.
+    if room is not None and prompt + tokens - 1 > room:
+        left = f"; ask for at most {room - prompt + 1} with --tokens" if prompt <= room else ""
         raise ValueError(f"The prompt is {prompt} tokens, and this model reads at most {room}{left}.")
 
 

@@ -60,6 +60,11 @@ def open_model(
     return model.to(device).eval(), companion
 
 
+def reach(model: "PreTrainedModel") -> int | None:
+    """How many tokens a model reads at most; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def name_of(model: "PreTrainedModel") -> str:
     """A short name that can be a folder: the last part of the hub id or path, else the model type."""
     path = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/\\")

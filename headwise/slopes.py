@@ -71,7 +71,7 @@ def mean_slopes(paths: Paths, entry: Entry, clean: Tensor, corrupt: Tensor, step
     Raises:
         ValueError: there are no steps.
     """
-    _check(steps)
+    _check_steps(steps)
     total = slopes(paths, entry, clean)
     for step in range(1, steps):
         total += slopes(paths, entry, corrupt + step / steps * (clean - corrupt))
@@ -94,7 +94,7 @@ def masked(paths: Paths, steps: int) -> Tensor:
     Raises:
         ValueError: there are no steps.
     """
-    _check(steps)
+    _check_steps(steps)
     return sum((slopes(paths, toward=step / steps) for step in range(1, steps)), slopes(paths)) / steps
 
 
@@ -114,7 +114,7 @@ def followed(paths: Paths, steps: int) -> Tensor:
     Raises:
         ValueError: there are no steps.
     """
-    _check(steps)
+    _check_steps(steps)
     first = paths.edges.parts[0].number
     clean, corrupt = paths.own.resid[first], paths.other.resid[first]
 
@@ -153,7 +153,7 @@ def _points(value: Callable[[Tensor], Tensor], steps: int, rows: int, device: to
     return at
 
 
-def _check(steps: int) -> None:
+def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"A gradient cannot be taken at {steps} points; steps is at least 1.")
 

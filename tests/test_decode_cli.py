@@ -53,7 +53,7 @@ def test_generate_says_the_same_with_every_draft(capsys, folder, opened, tmp_pat
     [
         (("--prompt", " "), "The prompt is empty"),
         (("--prompt", PROMPT, "--tokens", "0"), "max_new_tokens is 0; allowed is 1 or more."),
-        (("--prompt", PROMPT, "--tokens", "99999"), "at most"),
+        (("--prompt", PROMPT, "--tokens", "99999"), "ask for at most 2037 with --tokens"),
         (("--prompt", PROMPT * 3000), "tokens, and this model reads at most"),
         (("--prompt", PROMPT, "--draft", "copyspec:gamma=0"), "gamma is 0"),
         (("--prompt", PROMPT, "--draft", "copyspec:gama=2"), "'gama=2' is no field; allowed are gamma, tokens"),
