@@ -25,8 +25,12 @@ from headwise import decode, open_model
 from headwise.attach import treated
 from headwise.cache.adakv import AdaKV
 from headwise.cache.duo import Duo
+from headwise.cache.infllm import InfLLM
+from headwise.cache.longheads import LongHeads
 from headwise.cache.pages import Pages
 from headwise.cache.preallocated import Preallocated
+from headwise.cache.quantised import Quantised
+from headwise.cache.razor import Razor
 from headwise.cache.snapkv import SnapKV
 from headwise.cache.streaming import Streaming
 from headwise.data.layout import pad_id
@@ -45,6 +49,11 @@ CACHES = {
     "snapkv": SnapKV(window=16, capacity=48),
     "adakv": AdaKV(window=16, capacity=48),
     "pages": Pages(budget=48, page=8, piece=8),
+    "infllm": InfLLM(sink=4, recent=24, block=8, blocks=3, representatives=2, chunk=8),
+    "longheads": LongHeads(chunk=8, chunks=5, together=8),
+    "razor": {unit: Razor(sink=4, recent=32, share=0.0) for unit in ("L0.G0", "L0.G1", "L1.G2", "L2.G0")},
+    "quantised": Quantised(8),
+    "quantised streaming": Quantised(4, of=Streaming(sink=4, recent=48)),
 }
 SIZES = (1, 4)
 HEADS = {

@@ -41,6 +41,20 @@ def test_few_bits_change_little(models, inner):
             assert 0 < (got - want).norm() / want.norm() < most
 
 
+@pytest.mark.parametrize("inner", [None, Streaming(2, 12), Razor(2, 12), SnapKV(4, 16), AdaKV(4, 16)], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_draft_reads_what_single_tokens_read(models, bits, inner):
+    model, inputs = models("llama"), text(length=60, pads=(0, 5))
+    # Four tokens would be a prompt to those whose window is four.
+    one_by_one, drafted = [30, *[1] * 30], [30, 3, 3, 3, 1, 2, *[3] * 6]
+    with caching(model):
+        alone, together = (
+            through(model, inputs, Quantised(bits, of=inner).build(model), turns)[:, 30:]
+            for turns in (one_by_one, drafted)
+        )
+    torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
+
+
 def test_the_naive_codes_are_those_of_torchao():
     real = pytest.importorskip("torchao.quantization.quant_primitives")
     x = torch.randn(2, 3, 50, 64, generator=torch.Generator().manual_seed(0))

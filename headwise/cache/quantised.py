@@ -19,7 +19,8 @@ from headwise.store import Buffer, Full, Store, Turn, inside
 class Quantised(CacheMethod):
     """What another cache method keeps, held in 8 or 4 bits a value, decoded for one layer at a time.
 
-    A prompt read in one pass is read exactly, and rounded after it. Reading takes time in proportion to what is kept.
+    A prompt read in one pass is read exactly, and rounded after it. Later tokens are rounded before they are read, so
+    that those of a draft read what they would read one by one. Reading takes time in proportion to what is kept.
 
     Fields:
         bits: 8, or 4.
@@ -59,7 +60,7 @@ class _Coded(Store):
 
     @property
     def one_by_one(self) -> int:
-        """What the store inside says; what a turn sees of itself is not rounded."""
+        """What the store inside says."""
         return self.inner.one_by_one
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
@@ -68,6 +69,8 @@ class _Coded(Store):
             raise ValueError(
                 f"Keys of {k.shape[3]} and values of {v.shape[3]} channels cannot be coded; allowed are even."
             )
+        if turn.past:
+            k, v = (self.codec.decode(self.codec.encode(one)) for one in (k, v))
         thawed = self._thaw()
         z = self.inner.attend(q, k, v, turn)
         self._freeze(thawed)

@@ -94,6 +94,8 @@ class _Compensated(Store):
             new = torch.zeros(1, device=q.device).masked_fill(~turn.seen(columns, columns), -torch.inf)
             old = bias[..., : -len(columns)].expand(-1, -1, len(columns), -1)
             bias = torch.cat([old, new.expand(len(old), -1, -1, -1)], 3)
+        mean = self.sums[:, :, 0] / self.dropped.clamp_min(1)[:, None, None]
+        self.k[:, :, self.sink], self.v[:, :, self.sink] = mean.split([k.shape[3], v.shape[3]], 2)
         z = mix(q, self.k[:, :, : self.stop], self.v[:, :, : self.stop], bias.to(q.dtype), turn)
         self._drop(turn, turn.past + len(columns))
         return z
@@ -147,8 +149,6 @@ class _Compensated(Store):
         gone = place >= self.sink
         self.sums += (torch.cat([k, v], 3).float() * gone[:, None, :, None]).sum(2, keepdim=True)
         self.dropped += gone.sum(1)
-        mean = self.sums[:, :, 0] / self.dropped.clamp_min(1)[:, None, None]
-        self.k[:, :, self.sink], self.v[:, :, self.sink] = mean.split([k.shape[3], v.shape[3]], 2)
         self.bias[:, 0, self.sink, 0] = self.dropped.float().log()
         self.bias[:, :, away] = -torch.inf
         self.start += count
