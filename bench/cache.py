@@ -2,7 +2,7 @@
 
 python bench/cache.py time [--lengths 2048 4096 8192]    decoding and prefill, contestants in turns in one process
 python bench/cache.py memory [--length 8192] [--runs 5]  bytes of tensors and process peak, one process a contestant
-python bench/cache.py same [--prompts 20]                tokens of the lossless cache against plain generate
+python bench/cache.py same [--prompts 20]                tokens of the lossless cache, and with packed weights too
 python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
 python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, fp8
 python bench/cache.py kvpress --plan FILE [--length N]   the same prompts through kvpress, beside what quality measured
@@ -127,7 +127,8 @@ def one(name: str, length: int) -> None:
 def same(prompts: int) -> None:
     """Greedy tokens of plain generate and of the lossless cache, on prompts of 100 to 1500 tokens, in float32."""
     model, tokenizer = open_model()
-    equal, lengths = 0, []
+    packed, lengths = Packed(model), []
+    equal = dict.fromkeys(("identical", "packed"), 0)
     draw = random.Random("same")
     for seed in range(prompts):
         length = draw.randint(100, 1500)
@@ -135,10 +136,11 @@ def same(prompts: int) -> None:
         how = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         plain = model.generate(ids, **how)
         with treated(model, Preallocated()):
-            ours = model.generate(ids, **how)
-        equal += int(torch.equal(plain, ours))
+            equal["identical"] += int(torch.equal(plain, model.generate(ids, **how)))
+            with packed:
+                equal["packed"] += int(torch.equal(plain, model.generate(ids, **how)))
         lengths.append(length)
-    race.save("cache_same", {**about(), "prompts": prompts, "tokens": 64, "identical": equal, "lengths": lengths})
+    race.save("cache_same", {**about(), "prompts": prompts, "tokens": 64, **equal, "lengths": lengths})
 
 
 def answers(plan_file: str, length: int, thorough: bool) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headwise.anatomy import anatomy
+
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,11 +41,13 @@ def rotation(model: PreTrainedModel) -> Rotate | None:
 
 def _composes(rotate: Rotate, model: PreTrainedModel) -> bool:
     """Whether a key carried 5 and then -5 positions is itself again: a check that the functions found do rotate."""
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    x = torch.randn(1, 1, 3, size, device=model.device, generator=torch.Generator(model.device).manual_seed(0))
-    by = torch.full((3,), 5, device=model.device)
-    try:
-        return torch.allclose(rotate(rotate(x, by), -by), x, atol=1e-4)
-    except (TypeError, ValueError, RuntimeError):
-        return False
+    body = anatomy(model)
+    draw, by = torch.Generator(model.device).manual_seed(0), torch.full((3,), 5, device=model.device)
+    for size in {body.layer(number).head_dim for number in body.layers}:
+        x = torch.randn(1, 1, 3, size, device=model.device, generator=draw)
+        try:
+            if not torch.allclose(rotate(rotate(x, by), -by), x, atol=1e-4):
+                return False
+        except (TypeError, ValueError, RuntimeError):
+            return False
+    return True

@@ -44,14 +44,18 @@ TOKENS = (
 READ = ("copying", "copy_suppression", "successor", "composition", "k_composition", "q_composition", "v_composition")
 SEEN = [name.removeprefix("heads.") for name in METHODS if issubclass(load(name), PatternMethod)]
 LIMITS = {
+    "gpt2": {"reach": "not rotary"},
+    "bert": {"reach": "not rotary"},
     "gpt_neox": {"select_and_copy": "does not offer q_pre"},
     "deepseek_v3": {
         **dict.fromkeys((*READ, "qk_eigenvalues"), "told apart by head"),
         "select_and_copy": "not offer q_pre",
+        "reach": "not rotary",
     },
     "gptj": dict.fromkeys((*SEEN, "composition", "name_mover", "topic", "retrieval"), "does not offer pattern")
-    | dict.fromkeys(("select_and_copy", "duo_gate", "need"), "does not offer [qv]"),
-    "t5": {"copy_suppression": "no single token", "successor": "no single token"}
+    | dict.fromkeys(("select_and_copy", "duo_gate", "need"), "does not offer [qv]")
+    | {"reach": "not rotary"},
+    "t5": {"copy_suppression": "no single token", "successor": "no single token", "reach": "not rotary"}
     | dict.fromkeys(("select_and_copy", "select_and_copy_attention"), "encoder's prompt"),
 }
 MAY_BE_EMPTY = ("k_composition", "q_composition", "v_composition", "composition", "value_scaling")
@@ -67,6 +71,8 @@ def refusal(method: str, kind: str) -> str | None:
     if kind == "vit":
         if name in ANSWERS:
             return "next token|has no span|needle|unembedding|not tokens"
+        if name == "reach":
+            return "not rotary"
         return (
             "not tokens|pixel_values|marks no options|no option letters|ordered lists|unembedding"
             if name in TOKENS
