@@ -88,7 +88,7 @@ def _with_packing(rows: dict, ratio: Callable[[str, str], float]) -> str:
     return (
         "The goals above are judged without packed weights (`--packed`, headwise/packing.py: a second copy of them, "
         f"laid out for a few tokens). {' '.join(said)} The peers there run in the model as it is; DynamicCache with "
-        f"packed weights is {ratio(theirs, 'DynamicCache'):.2f} times as fast as without, and beside that everything kept "
+        f"packed weights is {ratio(theirs, 'DynamicCache'):.2f} times as fast as without; beside that, everything kept "
         f"is {ratio(ours, theirs):.2f} and half {ratio(half, theirs):.2f} times as fast."
     )
 

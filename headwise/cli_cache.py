@@ -32,10 +32,12 @@ def plan_command(
     test_at: Annotated[int, typer.Option(help="Tokens of the prompts by which heads are chosen and tried.")] = 1024,
     then: Annotated[str, typer.Option(help="What the chosen heads get. " + TREATMENT_HELP)] = "preallocated",
     rest: Annotated[
-        list[str] | None, typer.Option(help="What the others may get; several are tried in turn. " + TREATMENT_HELP)
+        list[str] | None,
+        typer.Option(help="What the others may get; rankings are compared with the first. " + TREATMENT_HELP),
     ] = None,
     ranking: Annotated[
-        list[str] | None, typer.Option(help="Rank heads by this only: retrieval, razor_induction, duo_gate or need.")
+        list[str] | None,
+        typer.Option(help="Rank heads by this only: retrieval, razor_induction, duo_gate, need or reach."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="File. [default: plans/<bytes>.json in the atlas]")

@@ -1,7 +1,8 @@
 """Making a plan: rank the KV heads, choose by what a few prompts keep, and let a test on other prompts decide.
 
 1. Rankings: every score that says which heads fetch things from far back, on KV heads.
-2. Choice: for each ranking and each way of treating the other heads, a cache of the wanted size answers dev prompts.
+2. Choice: for each ranking a cache of the wanted size answers dev prompts; for the best ranking, so does one for each
+   further way of treating the other heads.
 3. Trial: on prompts that nothing was chosen by, the full cache, the plan, random heads and streaming of equal bytes.
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from headwise.atlas import Atlas
     from headwise.quality import Quality
+    from headwise.task import Batch
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,14 @@ RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
     "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
     "duo_gate": ({}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16),
     "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 6),
+    "reach": ({}, "held_out", {"length": 512}, 8),
 }
-# Gates see what two heads do alike, need sees what is lost at once; their sum of ranks held best (docs/LOG.md).
-TOGETHER = ("duo_gate", "need")
+# Gates see what two heads do alike, need what is lost at once, reach what looks far back anyway; on prompts that chose
+# nothing the sum of the three ranks held better than any of them, and than gates and need alone (docs/LOG.md).
+TOGETHER = ("duo_gate", "need", "reach")
 KEEP, LOSS = 0.95, 0.05
+# Prompts of each task by which heads are chosen.
+DEV = 4
 RULE = (
     f"On prompts that chose nothing, at least {KEEP:.0%} of the answers that the full cache gets right are right too, "
     f"and held-out text loses at most {LOSS} nats a token."
@@ -54,7 +60,7 @@ class Making:
         bytes: key-value bytes at `at` tokens, as a share of what keeping everything takes, above 0, at most 1.
         at: tokens for which the bytes are counted.
         test_at: tokens of the prompts of choice and trial.
-        then: what a chosen head gets; rest: what the others may get, each tried in turn.
+        then: what a chosen head gets; rest: what the others may get; rankings are compared with the first.
         rankings: names of scores to choose by; None for all of RANKINGS.
         thorough: more prompts in the trial.
     """
@@ -98,9 +104,8 @@ def make_plan(
     scores, skipped = _scores(model, tokenizer, making, atlas)
     if not scores:
         raise ValueError(f"No ranking of KV heads could be made: {' '.join(skipped.values())}")
-    choices = _choices(model, making, scores, counts)
     with fast_matmul(model):
-        best = _best(model, tokenizer, making, choices)
+        best, tried = _choose(model, tokenizer, making, _orders(model, scores), counts)
     evidence = {unit: {name: round(values[unit], 6) for name, values in scores.items()} for unit in kv_units(model)}
     about = {
         "bytes": making.bytes,
@@ -108,7 +113,7 @@ def make_plan(
         "test_at": making.test_at,
         "seed": making.seed,
         "ranking": best.ranking,
-        "dev": {choice.name: round(choice.right, 4) for choice in choices},
+        "dev": {choice.name: round(choice.right, 4) for choice in tried},
         "skipped": skipped,
         "when": _now(),
     }
@@ -170,41 +175,61 @@ def _scores(
     return found, skipped
 
 
-def _choices(
-    model: "PreTrainedModel", making: Making, scores: Mapping[str, dict[str, float]], counts: Mapping[CacheMethod, int]
-) -> list[_Choice]:
-    """Every ranking, and the sum of ranks of two, with every treatment of the rest."""
+def _orders(model: "PreTrainedModel", scores: Mapping[str, dict[str, float]]) -> dict[str, list[str]]:
+    """{ranking: KV heads, the first to be kept first}: every score, and the sum of ranks of those that go together."""
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
     together = [name for name in TOGETHER if name in order]
     if len(together) > 1:
         place = {unit: sum(order[name].index(unit) for name in together) for unit in units}
         order[" + ".join(together)] = sorted(units, key=lambda unit: place[unit])
-    return [_Choice(name, rest, order[name][: counts[rest]]) for rest in making.rest for name in order]
+    return order
 
 
-def _best(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", making: Making, choices: list[_Choice]
-) -> _Choice:
-    """The choice whose cache gets most tokens of the dev answers right; the earlier one where two are equal."""
-    if len(choices) > 1:
+def _choose(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    making: Making,
+    orders: Mapping[str, list[str]],
+    counts: Mapping[CacheMethod, int],
+) -> tuple[_Choice, list[_Choice]]:
+    """The choice whose cache gets most tokens of the dev answers right, the earlier where two are equal; and all tried.
+
+    Rankings are compared with the first treatment of the rest, and the other treatments with the best ranking only.
+    """
+    first, *others = making.rest
+    tried = [_Choice(name, first, order[: counts[first]]) for name, order in orders.items()]
+    if len(tried) + len(others) > 1:
         batches = quality.prompts(tokenizer, making.test_at, making.seed + 1000, quick=True)
-        batches = {name: batches[name].take(list(range(2))) for name in quality.RETRIEVAL}
-        total = len(choices) * sum(map(len, batches.values()))
+        batches = [batches[name].take(list(range(min(DEV, len(batches[name]))))) for name in quality.RETRIEVAL]
+        total = (len(tried) + len(others)) * sum(map(len, batches))
         with tqdm(total=total, desc="choosing", disable=hidden(), leave=False) as bar:
-            for choice in choices:
-                cache = _maker(
-                    model,
-                    dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest),
-                    making.test_at,
-                    making.then,
-                )
-                rights = [
-                    retrieval(model, tokenizer, batch, cache, forced=True, step=bar.update).tokens.float().mean()
-                    for batch in batches.values()
-                ]
-                choice.right = float(sum(rights)) / len(rights)
-    return max(choices, key=lambda choice: choice.right)
+            for choice in tried:
+                choice.right = _right(model, tokenizer, making, choice, batches, bar.update)
+            best = max(tried, key=lambda choice: choice.right)
+            more = [_Choice(best.ranking, rest, orders[best.ranking][: counts[rest]]) for rest in others]
+            for choice in more:
+                choice.right = _right(model, tokenizer, making, choice, batches, bar.update)
+        tried += more
+    return max(tried, key=lambda choice: choice.right), tried
+
+
+def _right(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    making: Making,
+    choice: _Choice,
+    batches: Sequence["Batch"],
+    step: Callable[[int], Any],
+) -> float:
+    """Share of the tokens of answers that are right, each batch counting the same."""
+    rest = dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest)
+    cache = _maker(model, rest, making.test_at, making.then)
+    rights = [
+        float(retrieval(model, tokenizer, batch, cache, forced=True, step=step).tokens.float().mean())
+        for batch in batches
+    ]
+    return sum(rights) / len(rights)
 
 
 def try_plan(

@@ -240,6 +240,28 @@ def chatty():
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
+def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monkeypatch):
+    model, tokenizer = chatty
+    units, first, second = kv_units(model), Duo(4, 16), Duo(4, 16, whole=True)
+    scores = {
+        name: {u: -abs(i - k) for i, u in enumerate(units)} for k, name in enumerate(("need", "duo_gate", "echo"))
+    }
+    orders = planning._orders(model, scores)
+    assert list(orders) == ["need", "duo_gate", "echo", "duo_gate + need"]
+    assert orders["need"] == units and orders["duo_gate + need"][:2] == units[:2]
+    worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
+
+    def right(*args):
+        return worth.get((args[3].ranking, args[3].rest), 0.0)
+
+    monkeypatch.setattr(planning, "_right", right)
+    making = planning.Making(test_at=256, rest=(first, second))
+    best, tried = planning._choose(model, tokenizer, making, orders, {first: 2, second: 1})
+    assert (best.ranking, best.rest, best.full) == ("echo", first, orders["echo"][:2])
+    assert [(one.ranking, one.rest) for one in tried] == [*((name, first) for name in orders), ("echo", second)]
+    assert tried[-1].full == orders["echo"][:1]
+
+
 def test_a_plan_is_made_tried_and_refused_where_nothing_can_be_told(chatty, monkeypatch, tmp_path):
     model, tokenizer = chatty
     cheap = {
