@@ -176,13 +176,13 @@ def _scores(
 
 
 def _orders(model: "PreTrainedModel", scores: Mapping[str, dict[str, float]]) -> dict[str, list[str]]:
-    """{ranking: KV heads, the first to be kept first}: every score, and the sum of ranks of those that go together."""
+    """{ranking: KV heads, the first to be kept first}: the sum of ranks of scores that go together, then every score."""
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
     together = [name for name in TOGETHER if name in order]
     if len(together) > 1:
         place = {unit: sum(order[name].index(unit) for name in together) for unit in units}
-        order[" + ".join(together)] = sorted(units, key=lambda unit: place[unit])
+        order = {" + ".join(together): sorted(units, key=lambda unit: place[unit])} | order
     return order
 
 

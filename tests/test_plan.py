@@ -247,7 +247,7 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
         name: {u: -abs(i - k) for i, u in enumerate(units)} for k, name in enumerate(("need", "duo_gate", "echo"))
     }
     orders = planning._orders(model, scores)
-    assert list(orders) == ["need", "duo_gate", "echo", "duo_gate + need"]
+    assert list(orders) == ["duo_gate + need", "need", "duo_gate", "echo"]
     assert orders["need"] == units and orders["duo_gate + need"][:2] == units[:2]
     worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
 
