@@ -176,7 +176,7 @@ def _scores(
 
 
 def _orders(model: "PreTrainedModel", scores: Mapping[str, dict[str, float]]) -> dict[str, list[str]]:
-    """{ranking: KV heads, the first to be kept first}: the sum of ranks of scores that go together, then every score."""
+    """{ranking: KV heads, the first to be kept first}: the sum of ranks of those that go together, then each score."""
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
     together = [name for name in TOGETHER if name in order]
