@@ -1,8 +1,9 @@
 """In-Context Linear Regression Demystified: Training Dynamics and Mechanistic Interpretability of Multi-Head Softmax
 Attention. He et al., 2025. arXiv:2503.12734
 
-Row s094 of the mission. Scaled down: 5,000 steps with a larger learning rate that decays, in place of 500,000. The
-valley is flat: products of KQ and OV are as in the paper long before each of the two is.
+Row s094 of the mission. Scaled down: 5,000 steps with a larger learning rate that decays, in place of 500,000, and
+20,000 for four heads. The valley is flat: products of KQ and OV are as in the paper long before each of the two is, and
+four heads have more ways to share them.
 """
 
 from dataclasses import dataclass
@@ -88,8 +89,16 @@ class RegressionHeads(Experiment):
     def conditions(self) -> dict[str, Condition]:
         """One a number of heads."""
         lesson = LinearRegression(length=self.length)
-        training = Training(
-            steps=500_000 if self.full else 5000,
+        return {
+            f"{count} head{'s' if count > 1 else ''}": Condition(
+                TinyConfig(**lesson.config(heads=count)), lesson, self._training(count)
+            )
+            for count in self.heads
+        }
+
+    def _training(self, heads: int) -> Training:
+        return Training(
+            steps=500_000 if self.full else 5000 if heads < 4 else 20_000,
             batch=256,
             lr=1e-3 if self.full else 1e-2,
             decay="none" if self.full else "cosine",
@@ -97,9 +106,3 @@ class RegressionHeads(Experiment):
             rows=512,
             checkpoint_every=2000,
         )
-        return {
-            f"{count} head{'s' if count > 1 else ''}": Condition(
-                TinyConfig(**lesson.config(heads=count)), lesson, training
-            )
-            for count in self.heads
-        }
