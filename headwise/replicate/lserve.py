@@ -41,8 +41,8 @@ class LServe(Replication):
     changed: ClassVar[str] = (
         "In a first run streaming heads streamed in prompts too, with 32 and 128 tokens: no needle was found, KL 0.21. "
         "The paper's window in prompts, 8,192 tokens, holds all of these, so now prompts are read whole, and windows "
-        "are 64 and 128 tokens. With seven pages of 64 there were still no needles, KL 0.19; now 28 pages of 16 with bounds "
-        "for every 4. Thresholds are as they were."
+        "are 64 and 128 tokens. With seven pages of 64 there were still no needles, KL 0.19; now 28 pages of 16 with "
+        "bounds for every 4. Thresholds are as they were."
     )
 
     sink: ClassVar[int] = 64
