@@ -24,7 +24,8 @@ class Pages(CacheMethod):
 
     A page's score is an upper bound of q.k over its keys, from the smallest and largest value of each channel; the
     queries that share a KV head share the choice, by the largest score among them. The first page and the newest are
-    always read. Turns of more than `single` new tokens are prefill and read everything.
+    always read. Turns of more than `single` new tokens are prefill and read everything. A small budget wants small
+    pages: of four needles in 2,000 tokens SmolLM2-135M finds two with 7 pages of 64, all with 28 of 16 in pieces of 4.
 
     Fields:
         budget: tokens read at most, a multiple of `page`, 3 pages or more.
