@@ -18,20 +18,21 @@ class SoftmaxStep(Experiment):
     """Trains one layer of attention on softmax regression, with two heads and with one.
 
     Fields:
-        dim, length: channels and rows of a prompt.
+        dim, length: channels and rows of a prompt. spread: standard deviation of the entries of A x.
     """
 
     row: ClassVar[str] = "s081"
-    goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 0.2)
+    goal: ClassVar[tuple[str, str, float]] = ("loss", "below", 0.03)
 
     dim: int = 10
-    length: int = 20
+    length: int = 40
+    spread: float = 0.25
 
     def conditions(self) -> dict[str, Condition]:
         """Two heads can take the mean of the rows away, as gradient descent on a softmax does; one cannot."""
-        lesson = SoftmaxRegression(dim=self.dim, length=self.length)
+        lesson = SoftmaxRegression(dim=self.dim, length=self.length, spread=self.spread)
         training = Training(
-            steps=50_000 if self.full else 3000,
+            steps=50_000 if self.full else 10_000,
             batch=256,
             lr=1e-3 if self.full else 1e-2,
             decay="cosine",
