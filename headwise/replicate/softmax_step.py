@@ -39,9 +39,9 @@ class SoftmaxStepReplication(Replication):
     )
     paper: ClassVar[str] = "bounds on both data transformations; in experiments models with great similarity"
     changed: ClassVar[str] = (
-        "with 20 rows, entries of A x of 0.5 and 3,000 steps cosines were 0.79 and 0.92, the error 0.205 against 0.156. "
-        "On other prompts entries of 0.25 and 40 rows gave 0.90 and 0.90, and 10,000 steps there 0.93 and 0.95, so that "
-        "is the size now. Thresholds are as they were."
+        "with 20 rows, entries of A x of 0.5 and 3,000 steps cosines were 0.79 and 0.92, the error 0.205 and 0.156. "
+        "On other prompts entries of 0.25 and 40 rows gave 0.90 and 0.90, and 10,000 steps there 0.93 and 0.95, so "
+        "that is the size now. Thresholds are as they were."
     )
 
     prompts: ClassVar[int] = 8000
