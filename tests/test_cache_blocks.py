@@ -225,6 +225,18 @@ def test_where_all_fits_they_generate_what_the_model_does(llama, roomy):
         assert torch.equal(plain, ours)
 
 
+@pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
+def test_what_is_said_again_and_again_is_chosen_alike_by_drafts_and_single_tokens(llama, method):
+    # In the first layer equal words fit equally well, so that rounding would choose among them.
+    for seed in range(6):
+        order = torch.randint(3, (14,), generator=torch.Generator().manual_seed(seed))
+        ids = text(rows=3, length=4, seed=seed)[order].view(1, -1)
+        alone, _ = through(llama, method, ids, [0], [30, *[1] * 26])
+        for turns in ([30, *[3] * 8, 2], [30, 4, 4, 1, *[4] * 4, 1]):
+            together, cache = through(llama, method, ids, [0], turns)
+            torch.testing.assert_close(alone[:, 30:], together[:, 30:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", [MEMORY, CHUNKS], ids=["infllm", "longheads"])
 def test_without_rotary_positions_nothing_is_moved(method):
     model = FAMILIES["gpt2"].build()
