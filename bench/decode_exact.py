@@ -53,7 +53,6 @@ CACHES = {
     "longheads": LongHeads(chunk=8, chunks=5, together=8),
     "razor": {unit: Razor(sink=4, recent=32, share=0.0) for unit in ("L0.G0", "L0.G1", "L1.G2", "L2.G0")},
     "quantised": Quantised(8),
-    "quantised streaming": Quantised(4, of=Streaming(sink=4, recent=48)),
 }
 SIZES = (1, 4)
 HEADS = {
