@@ -80,9 +80,9 @@ def _prompt_ids(tokenizer: Any, said: str, chat: bool) -> Any:
 
 
 def _check_room(model: "PreTrainedModel", prompt: int, tokens: int) -> None:
-    from headwise.models import reach
+    from headwise.models import context_length
 
-    room = reach(model)
+    room = context_length(model)
     # The last token that is written is not read.
     if room is not None and prompt + tokens - 1 > room:
         left = f"; ask for at most {room - prompt + 1} with --tokens" if prompt <= room else ""

@@ -60,7 +60,7 @@ def open_model(
     return model.to(device).eval(), companion
 
 
-def reach(model: "PreTrainedModel") -> int | None:
+def context_length(model: "PreTrainedModel") -> int | None:
     """How many tokens a model reads at most; None where its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

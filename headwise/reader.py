@@ -25,7 +25,7 @@ from torch import Tensor
 from headwise.anatomy import anatomy
 from headwise.do import Patch, do
 from headwise.method import Method
-from headwise.models import fingerprint, name_of, reach
+from headwise.models import context_length, fingerprint, name_of
 from headwise.probe import evaluating, probe_inputs
 from headwise.scan import noting_tuples, skipping
 from headwise.score import EVIDENCE, provenance
@@ -246,7 +246,7 @@ def ending(model: "PreTrainedModel") -> Iterator[Any]:
     def end(values: Tensor) -> Tensor:
         given = values.reshape(1, -1, values.shape[-1]).to(model.device)
         # Positions are of no matter here, but some models have only so many.
-        room = reach(model) or given.shape[1]
+        room = context_length(model) or given.shape[1]
         found = []
         for part in given.split(room, 1):
             ids = torch.zeros(part.shape[:2], dtype=torch.long, device=model.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from headwise.data.layout import encode, ordinary_ids, pad_id, shared_start, start_ids
 from headwise.graph import Graph
 from headwise.method import Method
-from headwise.models import name_of, reach
+from headwise.models import context_length, name_of
 from headwise.paths import Paths, prepare
 from headwise.score import provenance
 from headwise.slopes import attributed, followed, mean_slopes
@@ -272,7 +272,7 @@ class _Question:
         ways = [_continued(tokenizer, prompt, text) for text in (answer, instead)]
         shared = min(shared_start(ways), len(ways[0]) - 1, len(ways[1]) - 1)
         ids, ways = ids + ways[0][:shared], [way[shared:] for way in ways]
-        room, length = reach(model), len(ids) + max(map(len, ways)) - 1
+        room, length = context_length(model), len(ids) + max(map(len, ways)) - 1
         if room is not None and length > room:
             raise ValueError(f"The prompt and its answer are {length} tokens; this model reads at most {room}.")
         return cls(tokenizer, prompt, answer, instead, ids, (ways[0], ways[1]))
