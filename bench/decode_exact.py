@@ -7,6 +7,7 @@ python bench/decode_exact.py default [--prompts 200] [--tokens 64]
     on the default model with transformers' own cache: the drafters that need no training; writes
     bench/results/decode_same.json
 Each cache is saved when it is done; with --caches only these run, and what is known of the others is kept.
+The quantised one needs torchao.
 """
 
 import argparse

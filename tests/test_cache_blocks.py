@@ -233,7 +233,7 @@ def test_what_is_said_again_and_again_is_chosen_alike_by_drafts_and_single_token
         ids = text(rows=3, length=4, seed=seed)[order].view(1, -1)
         alone, _ = through(llama, method, ids, [0], [30, *[1] * 26])
         for turns in ([30, *[3] * 8, 2], [30, 4, 4, 1, *[4] * 4, 1]):
-            together, cache = through(llama, method, ids, [0], turns)
+            together, _ = through(llama, method, ids, [0], turns)
             torch.testing.assert_close(alone[:, 30:], together[:, 30:], atol=1e-4, rtol=1e-4)
 
 
