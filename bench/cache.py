@@ -39,11 +39,13 @@ from headwise.cache.quantised import Quantised
 from headwise.cache.snapkv import SnapKV
 from headwise.data.held_out import HeldOut
 from headwise.kv_cache import KVCache, kv_units
+from headwise.matmul import FEW, fast_matmul
 from headwise.packing import Packed
 from headwise.plan import Plan
 
 TOKENS, ROUNDS = 8, 7
-PACKED = ", packed weights"
+# Peers with the products of `attach`, and our caches without them.
+QUICK, ALONE = ", quick products", ", the model's products"
 MEASURED = ("DynamicCache", "StaticCache", "all full", "50% full", "30% full")
 # Tokens of short prompts and of the texts by which kvpress chooses heads, and how many of these it samples.
 SHORT, TEXTS = 512, 50
@@ -65,8 +67,10 @@ def contestants(model, at: int) -> dict[str, Callable]:
     made["one token"] = lambda: KVCache(model, dict.fromkeys(kv_units(model), Duo(0, 1)), most)
     for share in (0.5, 0.3):
         made[f"{share:.0%} full"] = lambda share=share: KVCache(model, half(model, share), most)
-    for name in ("DynamicCache", "all full", "50% full"):
-        made[name + PACKED] = made[name]
+    for name in ("DynamicCache", "StaticCache"):
+        made[name + QUICK] = made[name]
+    for name in ("all full", "50% full"):
+        made[name + ALONE] = made[name]
     return made
 
 
@@ -83,14 +87,14 @@ def about() -> dict:
 def timing(lengths: list[int], prefills: int) -> None:
     """Decoding and prefill at each length; what was measured before at other lengths is kept."""
     model, tokenizer = open_model()
-    packed = Packed(model)
     file = race.RESULTS / "cache_time.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for at in lengths:
         load = os.getloadavg()[0]
         caches = contestants(model, at)
         how = {"tokens": TOKENS, "rounds": ROUNDS, "prefills": prefills}
-        inside = {name: packed for name in caches if name.endswith(PACKED)}
+        as_it_is = {name for name in caches if name.endswith(("Cache", ALONE))}
+        inside = dict.fromkeys(caches.keys() - as_it_is, lambda: fast_matmul(model, few=FEW))
         found = cost(model, caches, text(tokenizer, at), inside=inside, **how)
         rows = [row for row in rows if row["at"] != at]
         rows += [{**asdict(one), "load": [round(load, 1), round(os.getloadavg()[0], 1)]} for one in found]

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.kv_cache import CacheMethod, KVCache, handed, kv_units
 from headwise.listen import own_eager
+from headwise.matmul import quick
 from headwise.probe import enter, evaluating, implementation, probe_inputs
 
 KV = "headwise_kv_"
@@ -94,11 +95,13 @@ def _check(model: PreTrainedModel) -> None:
 
 
 # How a model is left again, while a plan is attached to it.
-_attached: "weakref.WeakKeyDictionary[PreTrainedModel, Callable[[], None]]" = weakref.WeakKeyDictionary()
+_attached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[Callable[[], None], ...]]" = weakref.WeakKeyDictionary()
 
 
 def attach(model: PreTrainedModel, treatments: "CacheMethod | Mapping[str, CacheMethod]") -> None:
     """From now on `model.generate` makes its cache by these treatments; `detach(model)` gives the model back.
+
+    On processors where that is faster, linear layers multiply by other kernels meanwhile (see headwise/matmul.py).
 
     Args:
         treatments: one cache method for all KV heads, or {"L5.G0": cache method}; heads that are not named keep all.
@@ -135,7 +138,7 @@ def attach(model: PreTrainedModel, treatments: "CacheMethod | Mapping[str, Cache
         leave()
         raise
     vars(model)["_prepare_cache_for_generation"] = prepare_ours
-    _attached[model] = leave
+    _attached[model] = leave, quick(model)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -143,7 +146,8 @@ def detach(model: PreTrainedModel) -> None:
     if model not in _attached:
         raise ValueError("No cache plan is attached to this model.")
     vars(model).pop("_prepare_cache_for_generation", None)
-    _attached.pop(model)()
+    for leave in _attached.pop(model):
+        leave()
 
 
 @contextmanager

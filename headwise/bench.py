@@ -70,7 +70,7 @@ def cost(
     rounds: int = 5,
     prefills: int = 1,
     chunk: int | None = None,
-    inside: Mapping[str, AbstractContextManager[Any]] | None = None,
+    inside: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> list[Cost]:
     """Read ids [1, T] through every cache, then decode in turns.
 
@@ -79,7 +79,7 @@ def cost(
         tokens: decoded by each contestant in each round; rounds: interleaved, 1 or more.
         prefills: how often the prompt is read by each, interleaved; only the last one's cache is decoded from.
         chunk: tokens at most in one pass of the prompt; None reads it at once.
-        inside: {name: block that this contestant runs in}, such as `Packed(model)`.
+        inside: {name: maker of a block that this contestant runs in}, such as `lambda: Packed(model)`.
 
     Raises:
         ValueError: no caches, or numbers below 1.
@@ -99,7 +99,7 @@ def cost(
         for turn in range(prefills):
             for name, make in caches.items():
                 held.pop(name, None)
-                with inside.get(name, nullcontext()), _peak(model.device) as grown:
+                with inside.get(name, nullcontext)(), _peak(model.device) as grown:
                     cache = make()
                     start = _clock(model.device)
                     last = _read(model, cache, ids, chunk)
@@ -112,7 +112,7 @@ def cost(
                 bar.update()
         for _ in range(rounds):
             for name, (cache, last) in held.items():
-                with inside.get(name, nullcontext()):
+                with inside.get(name, nullcontext)():
                     last, seconds = _decode(model, cache, last, tokens)
                 held[name] = (cache, last)
                 decodes[name].append(seconds / tokens)

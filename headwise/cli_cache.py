@@ -165,6 +165,7 @@ def _bench(
     from headwise.bench import cost, dynamic, static
     from headwise.data import HeldOut
     from headwise.kv_cache import KVCache, kv_units
+    from headwise.matmul import FEW, fast_matmul
 
     at, tokens, rounds, seed = how
     most = at + tokens * (rounds + 1) + 1
@@ -176,7 +177,9 @@ def _bench(
     # Packed weights change the time of a cache, not what it answers.
     again = {} if packed is None else {f"{name}, packed": name for name in caches}
     caches |= {name: caches[own] for name, own in again.items()}
-    inside = dict.fromkeys(again, packed)
+    # What `attach` does: ours multiply the quick way, peers run in the model as it is.
+    inside: dict[str, Any] = dict.fromkeys(treatments, lambda: fast_matmul(model, few=FEW))
+    inside |= dict.fromkeys(again, lambda: packed)
     ids = HeldOut(length=at).make(tokenizer, 1, seed).ids
     costs = {one.name: one for one in cost(model, caches, ids, tokens=tokens, rounds=rounds, inside=inside)}
     found: dict[str, Quality] = {}

@@ -1,7 +1,6 @@
 """The commands that generate: generate, and the decoding half of bench."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +44,7 @@ def generate_command(
         import torch
 
         from headwise.decoding import named_draft
+        from headwise.matmul import FEW, fast_matmul
         from headwise.models import open_model
         from headwise.packing import Packed
         from headwise.plan import Plan
@@ -61,7 +61,7 @@ def generate_command(
         torch.manual_seed(seed)
         how: dict[str, Any] = {"max_new_tokens": tokens, "attention_mask": torch.ones_like(ids), "do_sample": sample}
         how |= {"temperature": temperature, "top_p": top_p} if sample else {}
-        with Packed(opened) if packed else nullcontext():
+        with Packed(opened) if packed else fast_matmul(opened, few=FEW):
             text, stats = _generate(opened, tokenizer, (method, kept, force), ids, how, shown=not as_json)
         if as_json:
             print_json({"text": text, "draft": draft, **stats.data()})

@@ -2,12 +2,15 @@
 
 PyTorch hands float32 products on a CPU to BLAS. Where that is MKL and the processor is not Intel's, AVX-512 lies idle;
 oneDNN, which comes with PyTorch too, uses it: on an AMD Zen 5 core twice the rate, with rounding of the same size.
+One token, and up to four, are another matter: they take as long as the weights take to be read. MKL reads them at full
+speed where weights come first and vectors second, and a third as fast the other way round, which is PyTorch's.
 
 bfloat16 is twice as fast again, and too coarse for small effects. But a layer is linear: W x = W b + W (x - b), with b
 what entered it in the unchanged run. W b is remembered exactly, and only the difference is rounded.
 """
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 DTYPES = ("float32", "bfloat16")
+# Rows up to which it pays that weights come first. A run of so few rows is then rounded otherwise than a longer one, so
+# that generation has it, and runs that are held against each other have not.
+FEW = 4
 
 
 @dataclass
@@ -79,11 +85,12 @@ class Products:
 
 
 @contextmanager
-def fast_matmul(model: PreTrainedModel, dtype: str = "float32") -> Iterator[Products]:
+def fast_matmul(model: PreTrainedModel, dtype: str = "float32", few: int = 0) -> Iterator[Products]:
     """Inside the block the model's linear layers use the fastest kernel of that precision; only without gradients.
 
     Args:
         dtype: "float32" computes what the model computes; so does "bfloat16" until a run is remembered.
+        few: rows up to which weights come first; `FEW` for generation.
 
     Raises:
         ValueError: another dtype.
@@ -91,17 +98,77 @@ def fast_matmul(model: PreTrainedModel, dtype: str = "float32") -> Iterator[Prod
     if dtype not in DTYPES:
         raise ValueError(f"{dtype!r} is not a precision for matrix products: {' or '.join(DTYPES)}.")
     products = Products(dtype)
-    changed: list[nn.Module] = []
+    layers = [one for one in model.modules() if plain(one)]
+    if dtype == "bfloat16":
+        leave = stand_in(
+            {one: products.forward(one, Quick(one, few) if _helped(one) else one.forward) for one in layers}
+        )
+    else:
+        leave = quick(model, few)
     try:
-        for module in model.modules():
-            if plain(module) and (dtype == "bfloat16" or (type(module) is nn.Linear and offered(module.weight))):
-                module.forward = products.forward(module, _exact(module))
-                changed.append(module)
         yield products
     finally:
         products.forget()
-        for module in changed:
-            del module.forward
+        leave()
+
+
+class Quick:
+    """Stands in for the forward method of a float32 linear layer: the same product, by the fastest kernel for its rows.
+
+    Where there is something to differentiate, or the layer was moved or converted meanwhile, it is the layer's own.
+    """
+
+    def __init__(self, layer: nn.Linear, few: int = FEW) -> None:
+        most = max(2, torch.get_num_threads())
+        self.layer, self.few = layer, few
+        self.pieces = max(n for n in range(1, most + 1) if layer.out_features % n == 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply [..., D] -> [..., out]."""
+        weight, bias = self.layer.weight, self.layer.bias
+        slopes = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if slopes or x.dtype != torch.float32 or not _here(weight) or not x.numel():
+            return F.linear(x, weight, bias)
+        rows = x.numel() // x.shape[-1]
+        if rows > self.few:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        # Kernels for three vectors are slower than those for four.
+        wide = F.pad(x.reshape(1, rows, -1), (0, 0, 0, int(rows == 3))).expand(self.pieces, -1, -1)
+        out = torch.bmm(weight.view(self.pieces, -1, weight.shape[1]), wide.transpose(1, 2))
+        if rows > 1:
+            out = out.flatten(0, 1)[:, :rows].t().contiguous()
+        out = out.view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+
+def quick(model: PreTrainedModel, few: int = FEW) -> Callable[[], None]:
+    """From now on the model's float32 linear layers multiply by `Quick`, where that helps; calling the result ends it.
+
+    Layers that something else has taken over are left to it.
+    """
+    return stand_in({one: Quick(one, few) for one in model.modules() if _helped(one) and "forward" not in vars(one)})
+
+
+# Forward methods that no longer stand in for anything, so that nobody gives them back.
+_over: "weakref.WeakSet[Callable]" = weakref.WeakSet()
+
+
+def stand_in(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Callable[[], None]:
+    """Give layers another forward method; calling the result gives back what they had, in whatever order that is."""
+    before = {layer: vars(layer).get("forward") for layer in forwards}
+    for layer, forward in forwards.items():
+        layer.forward = forward
+
+    def leave() -> None:
+        for layer, forward in forwards.items():
+            _over.add(forward)
+            if vars(layer).get("forward") is forward:
+                del layer.forward
+                earlier = before[layer]
+                if earlier is not None and earlier not in _over:
+                    layer.forward = earlier
+
+    return leave
 
 
 def offered(weight: Tensor) -> bool:
@@ -120,14 +187,18 @@ def _version(value: Tensor) -> int:
 
 
 def plain(module: nn.Module) -> bool:
-    """A linear layer as the library ships it, in float32: not quantised, wrapped or already taken over."""
-    if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
-        return False
-    return module.weight.dtype == torch.float32 and module.weight.layout == torch.strided
+    """A linear layer as the library ships it, in float32: not quantised, wrapped or taken over by others."""
+    ours = isinstance(vars(module).get("forward"), Quick | None)
+    return type(module) in (nn.Linear, Conv1D) and ours and _plain_weight(module.weight)
 
 
-def _exact(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    if type(module) is not nn.Linear or not offered(module.weight):
-        return module.forward
-    weight, bias, product = module.weight.detach(), module.bias, torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, weight, bias, "none", [], "")
+def _here(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.is_contiguous() and _plain_weight(weight)
+
+
+def _plain_weight(weight: Tensor) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype == torch.float32 and weight.layout == torch.strided
+
+
+def _helped(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and plain(module) and offered(module.weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headwise.matmul import offered, plain
+from headwise.matmul import offered, plain, stand_in
 
 ROWS = 16
 
@@ -63,9 +63,8 @@ class Packed:
         self._entered += 1
         if self._entered == 1:
             self._pack()
-            self._taken = [layer for layer in self._layers if "forward" not in vars(layer)]
-            for layer in self._taken:
-                layer.forward = _product(self._packs[layer][1], layer.bias)
+            free = [layer for layer in self._layers if plain(layer)]
+            self._leave = stand_in({layer: _product(self._packs[layer][1], layer.bias) for layer in free})
         return self
 
     def __exit__(
@@ -74,8 +73,7 @@ class Packed:
         """Hand them back."""
         self._entered -= 1
         if not self._entered:
-            for layer in self._taken:
-                del layer.forward
+            self._leave()
 
 
 def _product(packed: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -211,7 +211,9 @@ def test_cost_measures_all_contestants_on_the_same_prompt(model):
         "duo": lambda: KVCache(model, dict.fromkeys(units, Duo(2, 6))),
     }
     block = MagicMock()
-    found = {one.name: one for one in cost(model, caches, ids, tokens=2, rounds=3, prefills=2, inside={"duo": block})}
+    found = {
+        one.name: one for one in cost(model, caches, ids, tokens=2, rounds=3, prefills=2, inside={"duo": lambda: block})
+    }
     assert list(found) == list(caches) and block.__enter__.call_count == block.__exit__.call_count == 2 + 3
     assert all(len(one.decodes) == 3 and len(one.prefills) == 2 and one.decode > 0 for one in found.values())
     assert found["duo"].bytes < found["dynamic"].bytes < found["static"].bytes
