@@ -8,7 +8,7 @@ A seed decides weights and prompts in every condition alike, so that conditions 
 import json
 import multiprocessing
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,9 +224,10 @@ def _whole(name: str, one: Any, model: Any, lesson: Any, training: Any) -> Condi
     return Condition(model, lesson, training or Training(), one)
 
 
-def _each(jobs: list[tuple], processes: int) -> Any:
+def _each(jobs: list[tuple], processes: int) -> Iterator[Run]:
     if processes < 2 or len(jobs) < 2:
-        return map(_job, jobs)
+        yield from map(_job, jobs)
+        return
     try:
         pickle.dumps(jobs)
     except (pickle.PicklingError, AttributeError, TypeError) as problem:
@@ -236,7 +237,11 @@ def _each(jobs: list[tuple], processes: int) -> Any:
         ) from problem
     # Forked children of a process that has used torch's threads may hang.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_job, jobs))
+        # Long runs first, so that no process is left alone with one at the end.
+        longest = sorted(range(len(jobs)), key=lambda i: -jobs[i][2].training.steps)
+        begun = {i: pool.submit(_job, jobs[i]) for i in longest}
+        for i in range(len(jobs)):
+            yield begun[i].result()
 
 
 def _job(job: tuple) -> Run:

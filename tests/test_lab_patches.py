@@ -38,6 +38,22 @@ def test_test_images_are_others_and_whole_parts_are_drawn():
     assert len(lesson.make(n=2000)) == 2000
 
 
+def test_images_that_are_taught_are_moved():
+    lesson = DigitPatches(patch=8, moved=2)
+    still = DigitPatches(patch=8)
+    taught = {lesson.split: lesson.make(n=60, seed=3), "still": still.make(n=60, seed=3)}
+    moved, plain = (one.inputs["inputs_embeds"][:, 0].view(60, 8, 8) for one in taught.values())
+    kinds = set()
+    for now, before in zip(moved, plain, strict=True):
+        wide = torch.nn.functional.pad(before, (2,) * 4, value=-1.0)
+        fits = [(y, x) for y in range(5) for x in range(5) if torch.equal(wide[y : y + 8, x : x + 8], now)]
+        assert fits
+        kinds.update(fits)
+    assert len(kinds) > 15
+    test = lesson.on("test").make(n=20, seed=1)
+    assert torch.equal(test.inputs["inputs_embeds"], still.on("test").make(n=20, seed=1).inputs["inputs_embeds"])
+
+
 def test_digits_are_learned():
     one = PatchSize().conditions()["4 x 4, 4 tokens"]
     run = train(one.model, one.lesson, Training(steps=60, lr=4e-3, batch=64, measure_every=30, rows=200), seed=1)
@@ -54,6 +70,8 @@ def test_without_scikit_learn_a_sentence_says_so(monkeypatch):
 def test_what_does_not_tile_is_refused():
     with pytest.raises(ValueError, match="do not tile"):
         DigitPatches(patch=3)
+    with pytest.raises(ValueError, match="cannot be moved by 8 pixels; allowed are 0 to 7"):
+        DigitPatches(moved=8)
 
 
 def test_the_replication_is_found():

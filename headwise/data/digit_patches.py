@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headwise.data.digits_images import part_of_digits
 from headwise.lesson import Lesson, Shape
@@ -24,17 +25,22 @@ class DigitPatches(Lesson):
 
     Fields:
         patch: pixels in each direction: 1, 2, 4 or 8.
+        moved: pixels by which an image that is taught is moved at most, in each direction; what is uncovered is empty.
     """
 
     row: ClassVar[str] = "s097"
     tests: ClassVar[tuple[str, ...]] = ("test",)
 
     patch: int = 2
+    moved: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.patch not in (1, 2, 4, 8):
             raise ValueError(f"Patches of {self.patch} pixels do not tile an image of 8 x 8; allowed are 1, 2, 4, 8.")
+
+        if not 0 <= self.moved < 8:
+            raise ValueError(f"Images of 8 x 8 cannot be moved by {self.moved} pixels; allowed are 0 to 7.")
 
     @property
     def tokens(self) -> int:
@@ -56,7 +62,10 @@ class DigitPatches(Lesson):
         size = len(images)
         rows = torch.randperm(size, generator=draw)[:n] if n <= size else torch.randint(size, (n,), generator=draw)
         at = torch.full((n, 1), self.tokens)
-        return Batch({"inputs_embeds": self.cut(images[rows])}, at=at, answer=digits[rows][:, None])
+        shown = images[rows]
+        if self.moved and self.split == "train":
+            shown = _moved(shown, self.moved, draw)
+        return Batch({"inputs_embeds": self.cut(shown)}, at=at, answer=digits[rows][:, None])
 
     def cut(self, images: Tensor) -> Tensor:
         """Images [n, 8, 8] -> patches and an empty position [n, tokens + 1, patch ** 2]."""
@@ -72,3 +81,10 @@ class DigitPatches(Lesson):
         """A small vision transformer: every position sees every other, positions are learned."""
         shape = {"causal": False, "pos": "learned", "heads": 4, "width": 32, "mlp": 64}
         return super().config(**(shape | options))
+
+
+def _moved(images: Tensor, most: int, draw: torch.Generator) -> Tensor:
+    """Each image [n, 8, 8] moved by up to so many pixels; -1 is empty."""
+    wide = pad(images, (most,) * 4, value=-1.0)
+    down, right = torch.randint(2 * most + 1, (2, len(images), 1), generator=draw) + torch.arange(8)
+    return wide[torch.arange(len(images))[:, None, None], down[:, :, None], right[:, None]]
