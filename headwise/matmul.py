@@ -127,7 +127,8 @@ class Quick:
         """Multiply [..., D] -> [..., out]."""
         weight, bias = self.layer.weight, self.layer.bias
         slopes = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if slopes or x.dtype != torch.float32 or not _here(weight) or not x.numel():
+        other = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not _here(weight)
+        if slopes or other or not x.numel():
             return F.linear(x, weight, bias)
         rows = x.numel() // x.shape[-1]
         if rows > self.few:

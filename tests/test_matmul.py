@@ -46,6 +46,8 @@ def test_a_layer_that_is_converted_or_changed_meanwhile_is_its_own() -> None:
         layer.weight.mul_(2)
         torch.testing.assert_close(ours(x), layer(x))
         assert torch.equal(ours(x.bfloat16().float()[:0]), layer(x[:0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == torch.bfloat16 and torch.equal(ours(x), layer(x))
         layer.bfloat16()
         assert torch.equal(ours(x.bfloat16()), layer(x.bfloat16()))
 

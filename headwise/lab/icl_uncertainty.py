@@ -35,13 +35,13 @@ class ICLUncertainty(Experiment):
         """New weights in every prompt, or weights from a pool."""
         size = {"dim": 8, "length": 100, "apart": True} if self.full else {"dim": self.dim, "length": self.length}
         shape = GPT2 | {"act": "gelu"} if self.full else {}
-        training = in_context(200_000 if self.full else 10_000, self.full)
+        training = in_context(200_000 if self.full else 20_000, self.full)
         lessons = {
             "endless tasks": UncertainRegression(**size),
             f"{self.pool} tasks": UncertainRegression(tasks=self.pool, **size),
         }
         # A pool is learned sooner.
-        shorter = training if self.full else replace(training, steps=3000)
+        shorter = training if self.full else replace(training, steps=10_000)
         return {
             name: Condition(TinyConfig(**lesson.config(**shape)), lesson, shorter if lesson.tasks else training)
             for name, lesson in lessons.items()

@@ -41,7 +41,7 @@ class LocalExperience(Experiment):
         for seen, net in product(("local", "full", "wrong"), self.nets):
             lesson = LocalBayesNet(nodes=14 if self.full else self.nodes, seen=seen, world=net)
             training = Training(
-                steps=20_000 if self.full else 2500,
+                steps=20_000 if self.full else 5000,
                 batch=64,
                 lr=2e-3,
                 optimiser="adamw",

@@ -30,9 +30,9 @@ class PhaseTransition(Experiment):
     facts: int = 5
 
     def conditions(self) -> dict[str, Condition]:
-        """Names: "near" and "far"; with `full`, 8 facts, a wider network and ten times the steps."""
+        """Names: "near" and "far"; with `full`, 8 facts, a wider network and more steps."""
         training = Training(
-            steps=40_000 if self.full else 3000,
+            steps=40_000 if self.full else 12_000,
             batch=64 if self.full else 48,
             lr=1e-3,
             optimiser="adamw",

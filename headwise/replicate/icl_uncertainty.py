@@ -44,7 +44,7 @@ class ICLUncertaintyReplication(Replication):
     changed: ClassVar[str] = (
         "A first run of 2,500 steps, with a pool of 32 tasks, was 0.18 nats above Bayes and had not learned its pool; "
         "then 6,000 steps on endless tasks, and 3,000 on a pool of 8, which left 0.13; then 10,000 steps and three "
-        "channels in place of five. Thresholds are as they were."
+        "channels in place of five, 0.065; then 20,000, and 10,000 on the pool. Thresholds are as they were."
     )
 
     prompts: ClassVar[int] = 2000
