@@ -255,6 +255,8 @@ class Replaying(Store):
         self.least, self.padded = 0, False
         self._queries: Tensor | None = None
 
+    # Which blocks there are changes from token to token: every one of them would be compiled anew.
+    @torch.compiler.disable
     def attend(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """`read`, with what is needed to take the turn back where recording is on."""
         if self.recording:

@@ -115,7 +115,8 @@ def fast_matmul(model: PreTrainedModel, dtype: str = "float32", few: int = 0) ->
 class Quick:
     """Stands in for the forward method of a float32 linear layer: the same product, by the fastest kernel for its rows.
 
-    Where there is something to differentiate, or the layer was moved or converted meanwhile, it is the layer's own.
+    Where there is something to differentiate, or the layer was moved or converted meanwhile, it is the layer's own; and
+    while a model is compiled, as compilers have kernels of their own.
     """
 
     def __init__(self, layer: nn.Linear, few: int = FEW) -> None:
@@ -128,7 +129,7 @@ class Quick:
         weight, bias = self.layer.weight, self.layer.bias
         slopes = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         other = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not _here(weight)
-        if slopes or other or not x.numel():
+        if slopes or other or torch.compiler.is_compiling() or not x.numel():
             return F.linear(x, weight, bias)
         rows = x.numel() // x.shape[-1]
         if rows > self.few:

@@ -8,7 +8,7 @@ import torch
 from caches import PROMPT, built_once, text
 
 from headwise.attach import attach, attached, caching, detach, treated
-from headwise.cache import AdaKV, Preallocated, Razor, SnapKV, Streaming
+from headwise.cache import AdaKV, InfLLM, LongHeads, Pages, Preallocated, Razor, SnapKV, Streaming
 from headwise.kv_cache import KVCache
 
 
@@ -97,3 +97,23 @@ def test_taking_back_what_was_not_recorded(models):
             cache.crop(-3)
         with pytest.raises(ValueError, match="as a negative one"):
             cache.crop(3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Preallocated(),
+        Streaming(2, 12),
+        Pages(budget=16, page=4, piece=4),
+        LongHeads(chunk=4, chunks=4, together=4),
+        InfLLM(sink=2, recent=8, block=4, blocks=2, representatives=1, chunk=4),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_compiled_model_says_the_same(models, monkeypatch, method):
+    # Traced by torch.compile as on a GPU, though no kernels are made.
+    model = models("llama")
+    with treated(model, method):
+        plain = model.generate(**text(length=40), max_new_tokens=6, do_sample=False)
+        monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
+        assert torch.equal(plain, model.generate(**text(length=40), max_new_tokens=6, do_sample=False))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from caches import text, through
 
-from headwise.attach import caching, treated
+from headwise.attach import caching
 from headwise.cache import AdaKV, Preallocated, Quantised, Razor, SnapKV, Streaming
 from headwise.codes import Codes, primitives
 
@@ -53,16 +53,6 @@ def test_a_draft_reads_what_single_tokens_read(models, bits, inner):
             for turns in (one_by_one, drafted)
         )
     torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("method", [Preallocated(), Streaming(2, 12)], ids=str)
-def test_a_compiled_model_says_the_same(models, monkeypatch, method):
-    # Traced by torch.compile as on a GPU, though no kernels are made.
-    model = models("llama")
-    with treated(model, method):
-        plain = model.generate(**text(length=40), max_new_tokens=6, do_sample=False)
-        monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
-        assert torch.equal(plain, model.generate(**text(length=40), max_new_tokens=6, do_sample=False))
 
 
 def test_the_naive_codes_are_those_of_torchao():
