@@ -1,6 +1,7 @@
 """Caches enter a model and leave it as it was, and say where they are not read."""
 
 import copy
+import shutil
 
 import kv_twins
 import pytest
@@ -99,21 +100,33 @@ def test_taking_back_what_was_not_recorded(models):
             cache.crop(3)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        Preallocated(),
-        Streaming(2, 12),
-        Pages(budget=16, page=4, piece=4),
-        LongHeads(chunk=4, chunks=4, together=4),
-        InfLLM(sink=2, recent=8, block=4, blocks=2, representatives=1, chunk=4),
-    ],
-    ids=lambda method: type(method).__name__,
-)
-def test_a_compiled_model_says_the_same(models, monkeypatch, method):
-    # Traced by torch.compile as on a GPU, though no kernels are made.
-    model = models("llama")
+COMPILED = [
+    Preallocated(),
+    Streaming(2, 12),
+    Pages(budget=16, page=4, piece=4),
+    LongHeads(chunk=4, chunks=4, together=4),
+    InfLLM(sink=2, recent=8, block=4, blocks=2, representatives=1, chunk=4),
+]
+
+
+def _compiled(model, monkeypatch, method, **how):
+    """Whether a compiled model generates what it generates as it is, through a cache."""
+    torch._dynamo.reset()
     with treated(model, method):
         plain = model.generate(**text(length=40), max_new_tokens=6, do_sample=False)
-        monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
-        assert torch.equal(plain, model.generate(**text(length=40), max_new_tokens=6, do_sample=False))
+        monkeypatch.setattr(model, "forward", torch.compile(model.forward, **how))
+        return torch.equal(plain, model.generate(**text(length=40), max_new_tokens=6, do_sample=False))
+
+
+@pytest.mark.parametrize("method", COMPILED, ids=lambda method: type(method).__name__)
+def test_a_compiled_model_says_the_same(models, monkeypatch, method):
+    # Traced by torch.compile as on a GPU, though no kernels are made.
+    assert _compiled(models("llama"), monkeypatch, method, backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles kernels with g++")
+@pytest.mark.parametrize("method", COMPILED, ids=lambda method: type(method).__name__)
+def test_kernels_that_are_made_say_the_same(models, monkeypatch, method):
+    assert _compiled(models("llama"), monkeypatch, method, backend="inductor", dynamic=True)

@@ -35,6 +35,11 @@ class AbruptLearning(Replication):
         "pairs it is unreliable"
     )
 
+    changed: ClassVar[str] = (
+        "it was measured every 100 updates at first, and of five seeds not all were seen below 0.4 when labels of the "
+        "prompt were first seen at 0.8; every 25 since then, where labels are read. Thresholds are as they were."
+    )
+
     plateau: ClassVar[float] = 0.8
     low: ClassVar[float] = 0.4
     high: ClassVar[float] = 0.8
