@@ -30,8 +30,8 @@ class LengthGeneralization(Replication):
     )
     changed: ClassVar[str] = (
         "a first run had rotary positions, two layers and 1,500 steps; then the paper's learned positions, three "
-        "layers, 2,000 steps and 4,000 with hints, by which copying with hints had 12 % where it had 0. Thresholds are "
-        "as they were."
+        "layers, 2,000 steps and 4,000 with hints, by which copying with hints had 12 % where it had 0; then three "
+        "times as many. Thresholds are as they were."
     )
 
     least: ClassVar[float] = 0.95
