@@ -22,6 +22,7 @@ class LengthGeneralization(Experiment):
     Fields:
         longest: items of the longest prompts that are taught.
         tested: items of those that are tested.
+        steps: of training, twice as many where hints are written; 20,000 of all with `full`.
         positions: "learned" with prompts that begin anywhere, as in the paper, or "rope".
     """
 
@@ -31,13 +32,14 @@ class LengthGeneralization(Experiment):
 
     longest: int = 10
     tested: int = 20
+    steps: int = 2000
     positions: str = "learned"
 
     def conditions(self) -> dict[str, Condition]:
         """One a task, by its name; with `full`, 20 items are taught and 40 tested. Hints take longer to learn."""
         lengths = {"longest": 20, "tested": 40} if self.full else {"longest": self.longest, "tested": self.tested}
         training = Training(
-            steps=20_000 if self.full else 6000,
+            steps=20_000 if self.full else self.steps,
             batch=64 if self.full else 32,
             lr=1e-3 if self.full else 2e-3,
             warmup=100,
@@ -52,5 +54,5 @@ class LengthGeneralization(Experiment):
             lesson = LengthLesson(task=task, **lengths, offsets=self.positions == "learned")
             config = TinyConfig(**lesson.config(**shape, pos=self.positions, embed_std=0.5))
             longer = not self.full and task.endswith("with hints")
-            found[task] = Condition(config, lesson, replace(training, steps=12_000) if longer else training)
+            found[task] = Condition(config, lesson, replace(training, steps=2 * self.steps) if longer else training)
         return found

@@ -21,6 +21,7 @@ class PhaseTransition(Experiment):
 
     Fields:
         facts: what a problem is about.
+        steps: of training; 40,000 with `full`.
     """
 
     row: ClassVar[str] = "s068"
@@ -28,11 +29,12 @@ class PhaseTransition(Experiment):
     seeds: ClassVar[tuple[int, ...]] = (5,)
 
     facts: int = 5
+    steps: int = 3000
 
     def conditions(self) -> dict[str, Condition]:
         """Names: "near" and "far"; with `full`, 8 facts, a wider network and more steps."""
         training = Training(
-            steps=40_000 if self.full else 12_000,
+            steps=40_000 if self.full else self.steps,
             batch=64 if self.full else 48,
             lr=1e-3,
             optimiser="adamw",

@@ -41,7 +41,7 @@ class LengthGeneralization(Replication):
 
     def run(self, seed: int = 0) -> Outcome:
         """One seed of every task; three when `full`."""
-        lab = Experiment(full=self.full)
+        lab = Experiment(full=self.full, steps=6000)
         found = lab.run(tuple(lab.seeds[0] + seed + i for i in range(3 if self.full else 1)))
         longer, short = found.last("exact", "longer"), found.last("exact")
         agreed = {

@@ -58,7 +58,7 @@ class PhaseTransition(Replication):
 
     def run(self, seed: int = 0) -> Outcome:
         """One seed of both lessons; three when `full`."""
-        lab = Experiment(full=self.full)
+        lab = Experiment(full=self.full, steps=12_000)
         found = lab.run(tuple(lab.seeds[0] + seed + i for i in range(3 if self.full else 1)))
         accuracy: dict[str, dict[str, float]] = {}
         for name, runs in found.runs.items():
