@@ -240,8 +240,13 @@ def _each(jobs: list[tuple], processes: int) -> Iterator[Run]:
         # Long runs first, so that no process is left alone with one at the end.
         longest = sorted(range(len(jobs)), key=lambda i: -jobs[i][2].training.steps)
         begun = {i: pool.submit(_job, jobs[i]) for i in longest}
-        for i in range(len(jobs)):
-            yield begun[i].result()
+        try:
+            for i in range(len(jobs)):
+                yield begun[i].result()
+        finally:
+            # Where one failed or somebody stopped, those that wait need not begin.
+            for future in begun.values():
+                future.cancel()
 
 
 def _job(job: tuple) -> Run:

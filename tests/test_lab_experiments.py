@@ -133,6 +133,18 @@ def test_two_processes_give_the_curves_of_one():
             assert two.runs[name][seed].losses == one.runs[name][seed].losses
 
 
+@pytest.mark.slow
+def test_runs_that_wait_do_not_begin_when_one_fails(tmp_path):
+    # There is no site L9.z in two layers.
+    asked = {"bad": [Edit("L9.z", pattern("match"))]}
+    with pytest.raises(ValueError, match="L9"):
+        compare(
+            asked | dict.fromkeys(map(str, range(20)), ()),
+            model=CONFIG, lesson=LESSON, training=replace(SHORT, steps=400), seeds=(1,), processes=2, folder=tmp_path,
+        )  # fmt: skip
+    assert len(list(tmp_path.glob("*/seed=1"))) < 12
+
+
 def test_the_commands_of_the_lab(capsys, tmp_path, monkeypatch):
     listed = json.loads(run(capsys, "lab", "ls", "--json").out)
     assert {"lab.clamped_induction", "lab.abrupt_icl"} <= {row["name"] for row in listed}
