@@ -83,9 +83,15 @@ def _apart(ratio: Callable[[str, str], float]) -> str:
         f"the model's own products everything kept is {ratio(full, 'DynamicCache'):.2f} and half "
         f"{ratio(half, 'DynamicCache'):.2f} times as fast as DynamicCache, and half {ratio(half, 'StaticCache'):.2f} "
         f"times StaticCache; with quick products DynamicCache is {ratio(dynamic, 'DynamicCache'):.2f} and StaticCache "
-        f"{ratio(static, 'StaticCache'):.2f} times as fast as itself; where both multiply quickly, everything kept is "
-        f"{ratio('all full', dynamic):.2f} and half {ratio('50% full', dynamic):.2f} times as fast as DynamicCache, "
-        f"and half {ratio('50% full', static):.2f} times StaticCache."
+        f"{ratio(static, 'StaticCache'):.2f} times as fast as itself. Where peers multiply as quickly: "
+        + " ".join(
+            least(f"Goal, {what}", ratio(mine, rival), bound)
+            for what, mine, rival, bound in (
+                ("lossless at least 1.5 times DynamicCache", "all full", dynamic, 1.5),
+                ("half full at least 2 times DynamicCache", "50% full", dynamic, 2),
+                ("half full at least 1.2 times StaticCache", "50% full", static, 1.2),
+            )
+        )
     )
 
 

@@ -79,7 +79,7 @@ def cost(
         tokens: decoded by each contestant in each round; rounds: interleaved, 1 or more.
         prefills: how often the prompt is read by each, interleaved; only the last one's cache is decoded from.
         chunk: tokens at most in one pass of the prompt; None reads it at once.
-        inside: {name: maker of a block that this contestant runs in}, such as `lambda: Packed(model)`.
+        inside: {name: maker of a block that this contestant runs in}, such as `lambda: fast_matmul(model)`.
 
     Raises:
         ValueError: no caches, or numbers below 1.
