@@ -6,7 +6,7 @@ python bench/cache.py same [--prompts 20]                tokens of the lossless 
 python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
 python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, fp8
 python bench/cache.py kvpress --plan FILE [--length N]   the same prompts through kvpress, beside what quality measured
-Results go to bench/results/cache_*.json; docs/bench.md is made from them by bench/report.py.
+Results go to bench/results/cache_*.json (times by the processor's maker); docs/bench.md is made from them by bench/report.py.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from headwise.cache.quantised import Quantised
 from headwise.cache.snapkv import SnapKV
 from headwise.data.held_out import HeldOut
 from headwise.kv_cache import KVCache, kv_units
-from headwise.matmul import FEW, fast_matmul
+from headwise.matmul import FEW, blas_lags, fast_matmul
 from headwise.packing import Packed
 from headwise.plan import Plan
 
@@ -67,10 +67,11 @@ def contestants(model, at: int) -> dict[str, Callable]:
     made["one token"] = lambda: KVCache(model, dict.fromkeys(kv_units(model), Duo(0, 1)), most)
     for share in (0.5, 0.3):
         made[f"{share:.0%} full"] = lambda share=share: KVCache(model, half(model, share), most)
-    for name in ("DynamicCache", "StaticCache"):
-        made[name + QUICK] = made[name]
-    for name in ("all full", "50% full"):
-        made[name + ALONE] = made[name]
+    if blas_lags():
+        for name in ("DynamicCache", "StaticCache"):
+            made[name + QUICK] = made[name]
+        for name in ("all full", "50% full"):
+            made[name + ALONE] = made[name]
     return made
 
 
@@ -87,7 +88,8 @@ def about() -> dict:
 def timing(lengths: list[int], prefills: int) -> None:
     """Decoding and prefill at each length; what was measured before at other lengths is kept."""
     model, tokenizer = open_model()
-    file = race.RESULTS / "cache_time.json"
+    kept = f"cache_time_{machine.maker()}"
+    file = race.RESULTS / f"{kept}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for at in lengths:
         load = os.getloadavg()[0]
@@ -98,7 +100,7 @@ def timing(lengths: list[int], prefills: int) -> None:
         found = cost(model, caches, text(tokenizer, at), inside=inside, **how)
         rows = [row for row in rows if row["at"] != at]
         rows += [{**asdict(one), "load": [round(load, 1), round(os.getloadavg()[0], 1)]} for one in found]
-        race.save("cache_time", {**about(), "rows": rows})
+        race.save(kept, {**about(), "rows": rows})
 
 
 def memory(length: int, runs: int, names: Sequence[str]) -> None:

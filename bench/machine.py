@@ -8,10 +8,22 @@ from pathlib import Path
 INTERESTING = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
+MAKERS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+
+
+def _fields() -> dict[str, str]:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in info.splitlines() if ":" in line}
+
+
+def maker() -> str:
+    """Who made the processor: kernels differ by that more than by anything else."""
+    return MAKERS.get(_fields().get("vendor_id", ""), "other")
+
+
 def facts() -> dict:
     """Cores, processor, the flags that matter, memory, load."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    field = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in info.splitlines() if ":" in line}
+    field = _fields()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cores": os.cpu_count(),

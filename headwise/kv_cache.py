@@ -74,6 +74,8 @@ class KVLayer(CacheLayerMixin):
         self.parts: list[_Part] = []
         self._masks, self._rotate = masks, rotate
         self._new: tuple[Tensor, Tensor] | None = None
+        # Puts the query heads of all parts back in order, where they are not.
+        self._back: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores, now that shapes are known. key_states [B, H, Q, d]."""
@@ -93,6 +95,8 @@ class KVLayer(CacheLayerMixin):
             if self.record_past:
                 store.record()
             self.parts.append(_Part(method, _evenly(numbers) or kv, heads, store))
+        there = torch.cat([part.heads for part in self.parts])
+        self._back = None if bool((there.diff() == 1).all()) else there.argsort()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor]:
         """Take the new keys and values [B, H, Q, d] until this layer's attention runs; they come back as they are."""
@@ -129,13 +133,13 @@ class KVLayer(CacheLayerMixin):
         self.tokens += length
         if len(self.parts) == 1:
             return self.parts[0].store.attend(q, k, v, turn).transpose(1, 2).contiguous()
-        shape = (k.shape[1], heads // k.shape[1])
-        grouped, z = q.unflatten(1, shape), q.new_empty(batch, length, *shape, v.shape[-1])
+        groups = heads // k.shape[1]
+        found = []
         for part in self.parts:
-            mine = (grouped[:, part.kv].flatten(1, 2), k[:, part.kv], v[:, part.kv])
-            found = part.store.attend(*mine, turn.of_heads(part.heads))
-            z[:, :, part.kv] = found.transpose(1, 2).unflatten(2, (-1, shape[1]))
-        return z.flatten(2, 3)
+            mine = (_of_groups(q, part.kv, groups), k[:, part.kv], v[:, part.kv])
+            found.append(part.store.attend(*mine, turn.of_heads(part.heads)).transpose(1, 2))
+        z = torch.cat(found, 2)
+        return z if self._back is None else z[:, :, self._back]
 
     def take(self, keys: Tensor, values: Tensor, groups: int) -> None:
         """Remember the first tokens of a text whose attention was computed elsewhere: [B, H, T, d], without padding."""
@@ -321,6 +325,13 @@ def _evenly(numbers: list[int]) -> slice | None:
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     run = range(numbers[0], numbers[-1] + 1, step)
     return slice(run.start, run.stop, run.step) if list(run) == numbers else None
+
+
+def _of_groups(q: Tensor, kv: "slice | Tensor", groups: int) -> Tensor:
+    """The query heads [B, H*G, Q, d] of some KV heads."""
+    if isinstance(kv, slice) and kv.step == 1:
+        return q[:, kv.start * groups : kv.stop * groups]
+    return q.unflatten(1, (-1, groups))[:, kv].flatten(1, 2)
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:

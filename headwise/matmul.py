@@ -2,17 +2,21 @@
 
 PyTorch hands float32 products on a CPU to BLAS. Where that is MKL and the processor is not Intel's, AVX-512 lies idle;
 oneDNN, which comes with PyTorch too, uses it: on an AMD Zen 5 core twice the rate, with rounding of the same size.
-One token, and up to four, are another matter: they take as long as the weights take to be read. MKL reads them at full
-speed where weights come first and vectors second, and a third as fast the other way round, which is PyTorch's.
+One token, and up to four, are another matter: they take as long as the weights take to be read. There MKL reads them at
+full speed where weights come first and vectors second, and a third as fast the other way round, which is PyTorch's. On an
+Intel processor PyTorch's own choice is the fastest for any number of rows, and everything is left to it.
 
 bfloat16 is twice as fast again, and too coarse for small effects. But a layer is linear: W x = W b + W (x - b), with b
 what entered it in the unchanged run. W b is remembered exactly, and only the difference is rounded.
 """
 
+import platform
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +148,7 @@ class Quick:
 
 
 def quick(model: PreTrainedModel, few: int = FEW) -> Callable[[], None]:
-    """From now on the model's float32 linear layers multiply by `Quick`, where that helps; calling the result ends it.
+    """From now on the model's float32 linear layers multiply by `Quick`, where BLAS lags; calling the result ends it.
 
     Layers that something else has taken over are left to it.
     """
@@ -173,8 +177,16 @@ def stand_in(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Callab
     return leave
 
 
+@cache
+def blas_lags() -> bool:
+    """Whether BLAS falls behind this processor: MKL does, where the processor is not Intel's."""
+    info = Path("/proc/cpuinfo")
+    maker = info.read_text() if info.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" not in maker
+
+
 def offered(weight: Tensor) -> bool:
-    """Whether oneDNN computes this float32 product, and no slower than BLAS: a CPU with AVX-512."""
+    """Whether oneDNN computes this float32 product with AVX-512."""
     return (
         weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -203,4 +215,4 @@ def _plain_weight(weight: Tensor) -> bool:
 
 
 def _helped(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and plain(module) and offered(module.weight)
+    return type(module) is nn.Linear and plain(module) and offered(module.weight) and blas_lags()

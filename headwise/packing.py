@@ -11,11 +11,14 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from headwise.matmul import offered, plain, stand_in
+from headwise.matmul import blas_lags, offered, plain, stand_in
 
 ROWS = 16
+# Rows that BLAS reads the weights for as fast as memory gives them, where it does not lag.
+AS_IT_IS = 3
 
 
 class Packed:
@@ -64,7 +67,7 @@ class Packed:
         if self._entered == 1:
             self._pack()
             free = [layer for layer in self._layers if plain(layer)]
-            self._leave = stand_in({layer: _product(self._packs[layer][1], layer.bias) for layer in free})
+            self._leave = stand_in({layer: _product(layer, self._packs[layer][1]) for layer in free})
         return self
 
     def __exit__(
@@ -76,6 +79,12 @@ class Packed:
             self._leave()
 
 
-def _product(packed: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, packed, bias, "none", [], "")
+def _product(layer: nn.Linear, packed: Tensor) -> Callable[[Tensor], Tensor]:
+    product, alone = torch.ops.mkldnn._linear_pointwise, 0 if blas_lags() else AS_IT_IS
+
+    def run(x: Tensor) -> Tensor:
+        if x.numel() <= alone * x.shape[-1]:
+            return F.linear(x, layer.weight, layer.bias)
+        return product(x, packed, layer.bias, "none", [], "")
+
+    return run

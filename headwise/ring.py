@@ -52,7 +52,8 @@ class Ring(Store):
         for room, new in ((self.k, k), (self.v, v)):
             self._fill_sinks(room, new, turn)
             if kept == 1:
-                room[:, :, (end - 1) % self.recent + self.sink] = new[:, :, -1]
+                slot = (end - 1) % self.recent + self.sink
+                room[:, :, slot : slot + 1] = new[:, :, -1:]
             else:
                 slots = torch.arange(end - kept, end, device=k.device) % self.recent + self.sink
                 room[:, :, slots] = new[:, :, -kept:]

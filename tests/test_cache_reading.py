@@ -49,11 +49,12 @@ def test_pieces_of_a_buffer_copy_nothing():
     assert cut.data_ptr() == room.data_ptr() and cut.shape == (6, 2, 25, 8)
 
 
-def test_in_how_many_pieces():
+def test_in_how_many_pieces(monkeypatch):
     def count(rows: int, heads: int, keys: int, threads: int, **how) -> int:
         q, k = torch.zeros(rows, heads, 1, 8, **how), torch.zeros(1).expand(rows, heads, keys, 8)
         return pieces.pieces(q, k, k, threads)
 
+    monkeypatch.setattr(pieces, "LEAST", 512)
     assert [count(1, heads, 8192, 2) for heads in (1, 2, 3, 4, 8)] == [2, 1, 2, 1, 1]
     assert [count(1, 3, keys, 8) for keys in (100, 1023, 1024, 2048, 8192)] == [1, 1, 2, 4, 8]
     assert count(4, 3, 8192, 8) == 2 and count(1, 3, 8192, 1) == 1
@@ -64,9 +65,11 @@ def test_in_how_many_pieces():
     assert pieces.pieces(wide[:, :, :1], wide, narrow, 2) == 1
 
 
+@pytest.mark.parametrize("lags", [True, False], ids=["blas lags", "blas keeps up"])
 @pytest.mark.parametrize("name", [*NAMES, "qwen3"])
-def test_decoding_in_pieces_is_decoding(models, name, monkeypatch):
+def test_decoding_in_pieces_is_decoding(models, name, lags, monkeypatch):
     """All heads full, one half full, and rows of different lengths."""
+    monkeypatch.setattr(pieces, "blas_lags", lambda: lags)
     model, turns = models(name), [20, 5, *[1] * 15]
     monkeypatch.setattr(pieces, "LEAST", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

@@ -1,6 +1,7 @@
 """Quick products: the layer's own within rounding, its own where it must be, and given back in whatever order."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,18 @@ from families import FAMILIES
 from torch import nn
 
 import headwise
+from headwise import matmul
 from headwise.cache.preallocated import Preallocated
-from headwise.matmul import Quick, fast_matmul, offered, quick, stand_in
+from headwise.matmul import Quick, blas_lags, fast_matmul, offered, quick, stand_in
 from headwise.packing import Packed
 
 here = pytest.mark.skipif(not offered(torch.ones(1, 1)), reason="quick on a CPU with AVX-512")
+
+
+@pytest.fixture(autouse=True)
+def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that BLAS falls behind, whatever this one is."""
+    monkeypatch.setattr(matmul, "blas_lags", lambda: True)
 
 
 @here
@@ -111,3 +119,21 @@ def test_an_attached_model_can_be_trained() -> None:
     ours = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, model.lm_head.weight)[0]
     headwise.detach(model)
     torch.testing.assert_close(ours, own)
+
+
+def test_where_blas_keeps_up_the_model_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "blas_lags", lambda: False)
+    model = FAMILIES["llama"].build()
+    headwise.attach(model, Preallocated())
+    assert not any("forward" in vars(one) for one in model.modules())
+    headwise.detach(model)
+    with fast_matmul(model, few=4):
+        assert not any("forward" in vars(one) for one in model.modules())
+
+
+@pytest.mark.parametrize(("maker", "lags"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_blas_lags_on_processors_that_are_not_intels(maker: str, lags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert blas_lags.__wrapped__() is lags

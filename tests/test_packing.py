@@ -6,11 +6,18 @@ import pytest
 import torch
 from families import FAMILIES
 
+from headwise import packing
 from headwise.decode import CopySpec
 from headwise.matmul import offered
 from headwise.packing import Packed
 
 here = pytest.mark.skipif(not offered(torch.ones(1, 1)), reason="packs on a CPU with AVX-512")
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["blas lags", "blas keeps up"])
+def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors of either kind, whatever this one is."""
+    monkeypatch.setattr(packing, "blas_lags", lambda: request.param)
 
 
 @here
