@@ -6,7 +6,7 @@ python bench/cache.py same [--prompts 20]                tokens of the lossless 
 python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
 python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, fp8
 python bench/cache.py kvpress --plan FILE [--length N]   the same prompts through kvpress, beside what quality measured
-Results go to bench/results/cache_*.json (times by the processor's maker); docs/bench.md is made from them by bench/report.py.
+Results go to bench/results/cache_*.json, times by the maker of the processor; bench/report.py makes docs/bench.md.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from headwise.matmul import FEW, blas_lags, fast_matmul
 from headwise.packing import Packed
 from headwise.plan import Plan
 
-TOKENS, ROUNDS = 8, 7
+TOKENS, ROUNDS = 8, 21
 # Peers with the products of `attach`, and our caches without them.
 QUICK, ALONE = ", quick products", ", the model's products"
 MEASURED = ("DynamicCache", "StaticCache", "all full", "50% full", "30% full")

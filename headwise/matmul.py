@@ -3,8 +3,8 @@
 PyTorch hands float32 products on a CPU to BLAS. Where that is MKL and the processor is not Intel's, AVX-512 lies idle;
 oneDNN, which comes with PyTorch too, uses it: on an AMD Zen 5 core twice the rate, with rounding of the same size.
 One token, and up to four, are another matter: they take as long as the weights take to be read. There MKL reads them at
-full speed where weights come first and vectors second, and a third as fast the other way round, which is PyTorch's. On an
-Intel processor PyTorch's own choice is the fastest for any number of rows, and everything is left to it.
+full speed where weights come first and vectors second, and a third as fast the other way round, as PyTorch has it. On
+Intel's processors PyTorch's own choice is the fastest for any number of rows, and everything is left to it.
 
 bfloat16 is twice as fast again, and too coarse for small effects. But a layer is linear: W x = W b + W (x - b), with b
 what entered it in the unchanged run. W b is remembered exactly, and only the difference is rounded.

@@ -40,12 +40,11 @@ def pieces(q: Tensor, k: Tensor, v: Tensor, threads: int) -> int:
 def read_in(count: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """`read` with the keys in so many pieces of one length, and one more for the few that are left."""
     batch, heads, keys, size = k.shape
-    each = keys // count
-    q = q.reshape(batch * heads, 1, -1, size)
-    found = [_sums(q.expand(-1, count, -1, -1), *(_cut(one, 0, count, each) for one in (k, v)), scale)]
+    each, many = keys // count, q.reshape(batch * heads, 1, -1, size)
+    z, logs = _sums(many.expand(-1, count, -1, -1), *(_cut(one, 0, count, each) for one in (k, v)), scale)
     if count * each < keys:
-        found.append(_sums(q, *(_cut(one, count * each, 1, keys - count * each) for one in (k, v)), scale))
-    z, logs = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        rest = _sums(many, *(_cut(one, count * each, 1, keys - count * each) for one in (k, v)), scale)
+        z, logs = torch.cat((z, rest[0]), 1), torch.cat((logs, rest[1]), 1)
     return (z * logs.softmax(1)[..., None].to(z.dtype)).sum(1).view(batch, heads, -1, size)
 
 
