@@ -12,6 +12,9 @@ from torch import Tensor
 from headwise.rotary import Rotate
 from headwise.store import Buffer, Store, Turn, mix
 
+# Share of the largest fit by which a block is ahead of the one before it where both fit equally well.
+TIE = 1e-6
+
 
 def columns_of(x: Tensor, columns: Tensor) -> Tensor:
     """The entries of x [B, H, T, d] at columns [B, H or H*G, K] -> [B, H or H*G, K, d].
@@ -44,6 +47,16 @@ def received(q: Tensor, k: Tensor, seen: Tensor, real: Tensor, scale: float) -> 
     scores = (grouped @ k[:, :, None].transpose(3, 4)).float() * scale
     pattern = scores.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1)
     return (pattern * real[:, None, None, :, None]).sum((2, 3))
+
+
+def later_first(fit: Tensor) -> Tensor:
+    """Fits [..., N] in which of two that are equal but for rounding the later one is larger.
+
+    The same words said twice fit equally well in the first layer. Which of them was chosen would hang on how many
+    tokens are read at a time.
+    """
+    fit = fit.float()
+    return fit + torch.arange(fit.shape[-1], device=fit.device) * (TIE * fit.abs().amax(-1, keepdim=True))
 
 
 def mix_near_and_far(
@@ -189,7 +202,7 @@ class Archive(Offloaded):
         assert self.marks is not None
         fit = (mean.unflatten(1, (self.marks.shape[1], -1)).sum(2)[:, :, None] * self.marks).sum((1, 3))
         numbers = torch.arange(fit.shape[1], device=fit.device)
-        best = fit.masked_fill(numbers >= count[:, None], -torch.inf).topk(min(most, fit.shape[1]))
+        best = later_first(fit).masked_fill(numbers >= count[:, None], -torch.inf).topk(min(most, fit.shape[1]))
         columns = (best.indices[..., None] * self.size + torch.arange(self.size, device=fit.device)).flatten(1)
         columns = columns[:, None].expand(-1, self.k.shape[1], -1).to(self.k.device)
         k, v = (columns_of(one, columns).to(fit.device) for one in (self.k, self.v))

@@ -237,6 +237,16 @@ def test_what_is_said_again_and_again_is_chosen_alike_by_drafts_and_single_token
             torch.testing.assert_close(alone[:, 30:], together[:, 30:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", [SMALL, MEMORY, CHUNKS], ids=["pages", "infllm", "longheads"])
+def test_a_text_that_goes_round_in_a_circle_is_read_alike_by_drafts_and_single_tokens(llama, method):
+    # Blocks of the same words with representatives of other places: equal fits of unequal blocks.
+    for seed, period in ((0, 3), (1, 5), (2, 7), (3, 3), (4, 5), (5, 7)):
+        ids = text(rows=1, length=period, seed=seed).repeat(1, 20)[:, :56]
+        alone, _ = through(llama, method, ids, [0], [30, *[1] * 26])
+        together, _ = through(llama, method, ids, [0], [30, *[3] * 8, 2])
+        torch.testing.assert_close(alone[:, 30:], together[:, 30:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", [MEMORY, CHUNKS], ids=["infllm", "longheads"])
 def test_without_rotary_positions_nothing_is_moved(method):
     model = FAMILIES["gpt2"].build()

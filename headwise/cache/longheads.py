@@ -6,14 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headwise.blocks import Appended, Replaying, Shelf, columns_of, cuts, rotation_of
+from headwise.blocks import Appended, Replaying, Shelf, columns_of, cuts, later_first, rotation_of
 from headwise.kv_cache import CacheMethod
 from headwise.rotary import Rotate
 from headwise.store import Store, Turn, mix
 
 NONE = -1
-# Share of the largest fit by which a chunk is ahead of the one before it where both fit equally well.
-TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -146,20 +144,10 @@ class Chunks(Replaying):
         assert self.known is not None
         real = (queries >= self.first[:, None])[:, None, :, None]
         flat = rotate(q, (self.first[:, None] - queries)[:, None].expand(-1, q.shape[1], -1)) * real
-        fit = _later_first((flat.sum(2, keepdim=True) @ self.known.transpose(2, 3))[:, :, 0])
+        fit = later_first((flat.sum(2, keepdim=True) @ self.known.transpose(2, 3))[:, :, 0])
         numbers = torch.arange(fit.shape[2], device=q.device)
         own = own[:, None, None]
         fit = fit.masked_fill((numbers == 0) | (numbers == own - 1), torch.inf).masked_fill(numbers >= own, -torch.inf)
         best = fit.topk(self.method.chunks - 1, 2)
         self.chosen = best.indices.masked_fill(best.values == -torch.inf, NONE).sort(2).values
         return self.chosen
-
-
-def _later_first(fit: Tensor) -> Tensor:
-    """Fits [..., N] in which of two that are equal but for rounding the later one is larger.
-
-    The same words said twice fit equally well in the first layer. Which of them was chosen would hang on how many
-    tokens are read at a time.
-    """
-    fit = fit.float()
-    return fit + torch.arange(fit.shape[-1], device=fit.device) * (TIE * fit.abs().amax(-1, keepdim=True))
