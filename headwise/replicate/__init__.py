@@ -224,7 +224,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         made = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
         cells = [
-            f"{row['seed']} `{row['name']}`",
+            f"{row['seed']} `{row['name']}{' --full' if row.get('full') else ''}`",
             *(row[key] for key in ("claim", "paper", "measured", "baseline")),
             OUTCOMES[row["outcome"]],
             f"{row['seconds']:.0f}",
@@ -243,7 +243,8 @@ def page(folder: "str | Path") -> str:
         "# Replications",
         "",
         "Does the headline claim of a paper hold here, on a small real model or on one trained in minutes? Each row is",
-        "made by `headwise replicate NAME`; this page is written from the results kept in `docs/replications/`, with",
+        "made by `headwise replicate NAME`, with `--full` where it stands behind the name, which asks for more prompts or",
+        "seeds; this page is written from the results kept in `docs/replications/`, with",
         "every number behind them. Thresholds stand in each file of `headwise/replicate/`; code compares and decides.",
         "A claim *holds* when every check is met, holds *partly* when the first check, the claim itself, is met and",
         "another is not, and *does not* hold when the first is not met. The checks that were not met are named.",
