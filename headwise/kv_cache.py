@@ -87,6 +87,7 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _make_parts(self, groups: int, device: torch.device) -> None:
+        order: list[int] = []
         for method in dict.fromkeys(self.methods):
             numbers = [i for i, one in enumerate(self.methods) if one == method]
             kv = torch.tensor(numbers, device=device)
@@ -95,8 +96,9 @@ class KVLayer(CacheLayerMixin):
             if self.record_past:
                 store.record()
             self.parts.append(_Part(method, _evenly(numbers) or kv, heads, store))
-        there = torch.cat([part.heads for part in self.parts])
-        self._back = None if bool((there.diff() == 1).all()) else there.argsort()
+            order += [i * groups + j for i in numbers for j in range(groups)]
+        if order != sorted(order):
+            self._back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor]:
         """Take the new keys and values [B, H, Q, d] until this layer's attention runs; they come back as they are."""

@@ -12,8 +12,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from headwise.matmul import blas_lags
 
-# Keys of a piece at least. PyTorch's kernel reads 512 at one time; where BLAS keeps up with the processor, short pieces
-# cost more than they gain.
+# Whether three queries are read faster with a fourth, empty one: so it is where BLAS lags.
+FOURTH = blas_lags()
+# Keys of a piece at least. PyTorch's kernel reads 512 at one time; where BLAS keeps up, short pieces do not pay.
 LEAST = 512 if blas_lags() else 2048
 # From so many heads a thread on, none waits long for another.
 MANY = 4
@@ -21,8 +22,7 @@ MANY = 4
 
 def read(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attention over all keys: q [B, H, Q, d], k [B, H, K, d] and v [B, H, K, dv] -> z [B, H, Q, dv]."""
-    if q.shape[2] == 3 and q.device.type == "cpu" and k.shape[2] >= LEAST and blas_lags():
-        # Products with three queries are slower there than those with four.
+    if FOURTH and q.shape[2] == 3 and q.device.type == "cpu" and k.shape[2] >= LEAST:
         return read(pad(q, (0, 0, 0, 1)), k, v, scale)[:, :, :3]
     count = pieces(q, k, v, torch.get_num_threads())
     return scaled_dot_product_attention(q, k, v, scale=scale) if count == 1 else read_in(count, q, k, v, scale)

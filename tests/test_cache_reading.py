@@ -69,7 +69,7 @@ def test_in_how_many_pieces(monkeypatch):
 @pytest.mark.parametrize("name", [*NAMES, "qwen3"])
 def test_decoding_in_pieces_is_decoding(models, name, lags, monkeypatch):
     """All heads full, one half full, and rows of different lengths."""
-    monkeypatch.setattr(pieces, "blas_lags", lambda: lags)
+    monkeypatch.setattr(pieces, "FOURTH", lags)
     model, turns = models(name), [20, 5, *[1] * 15]
     monkeypatch.setattr(pieces, "LEAST", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
