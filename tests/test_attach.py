@@ -126,6 +126,7 @@ def test_a_compiled_model_says_the_same(models, monkeypatch, method):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
+@pytest.mark.timeout(1800)  # kernels are made one after the other
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles kernels with g++")
 @pytest.mark.parametrize("method", COMPILED, ids=lambda method: type(method).__name__)
 def test_kernels_that_are_made_say_the_same(models, monkeypatch, method):
