@@ -90,13 +90,13 @@ class KVLayer(CacheLayerMixin):
         order: list[int] = []
         for method in dict.fromkeys(self.methods):
             numbers = [i for i, one in enumerate(self.methods) if one == method]
-            kv = torch.tensor(numbers, device=device)
-            heads = (kv[:, None] * groups + torch.arange(groups, device=device)).flatten()
+            heads = [i * groups + j for i in numbers for j in range(groups)]
             store = method.store(self.reserve)
             if self.record_past:
                 store.record()
-            self.parts.append(_Part(method, _evenly(numbers) or kv, heads, store))
-            order += [i * groups + j for i in numbers for j in range(groups)]
+            kv = _evenly(numbers) or torch.tensor(numbers, device=device)
+            self.parts.append(_Part(method, kv, torch.tensor(heads, device=device), store))
+            order += heads
         if order != sorted(order):
             self._back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
 
