@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import race
 import torch
 from transformers import QuantizedCache
 
-from headwise import open_model, quality
+from headwise import compiled, open_model, quality
 from headwise.attach import treated
 from headwise.bench import cost, dynamic, static
 from headwise.cache.adakv import AdaKV
@@ -44,8 +45,8 @@ from headwise.packing import Packed
 from headwise.plan import Plan
 
 TOKENS, ROUNDS = 8, 21
-# Peers with the products of `attach`, and our caches without them.
-QUICK, ALONE = ", quick products", ", the model's products"
+# Peers with the products of `attach`; our caches without them; and our caches where there is no C compiler.
+QUICK, ALONE, BY_PYTORCH = ", quick products", ", the model's products", ", read by PyTorch"
 MEASURED = ("DynamicCache", "StaticCache", "all full", "50% full", "30% full")
 # Tokens of short prompts and of the texts by which kvpress chooses heads, and how many of these it samples.
 SHORT, TEXTS = 512, 50
@@ -72,7 +73,23 @@ def contestants(model, at: int) -> dict[str, Callable]:
             made[name + QUICK] = made[name]
         for name in ("all full", "50% full"):
             made[name + ALONE] = made[name]
+    if compiled.available():
+        for name in ("all full", "50% full"):
+            made[name + BY_PYTORCH] = made[name]
     return made
+
+
+@contextmanager
+def circumstances(model, name: str) -> Iterator[None]:
+    """What a contestant's name says of products and of reading."""
+    serves = compiled.serves
+    with nullcontext() if name.endswith(("Cache", ALONE)) else fast_matmul(model, few=FEW):
+        if name.endswith(BY_PYTORCH):
+            compiled.serves = lambda *_: False
+        try:
+            yield
+        finally:
+            compiled.serves = serves
 
 
 def text(tokenizer, at: int) -> torch.Tensor:
@@ -95,8 +112,7 @@ def timing(lengths: list[int], prefills: int) -> None:
         load = os.getloadavg()[0]
         caches = contestants(model, at)
         how = {"tokens": TOKENS, "rounds": ROUNDS, "prefills": prefills}
-        as_it_is = {name for name in caches if name.endswith(("Cache", ALONE))}
-        inside = dict.fromkeys(caches.keys() - as_it_is, lambda: fast_matmul(model, few=FEW))
+        inside = {name: lambda name=name: circumstances(model, name) for name in caches}
         found = cost(model, caches, text(tokenizer, at), inside=inside, **how)
         rows = [row for row in rows if row["at"] != at]
         rows += [{**asdict(one), "load": [round(load, 1), round(os.getloadavg()[0], 1)]} for one in found]

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.writing import home
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -43,11 +45,6 @@ _AUTO_CLASSES = (
     ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
     ("ForImageClassification", "AutoModelForImageClassification"),
 )
-
-
-def home() -> Path:
-    """The folder for what headwise keeps between runs: `HEADWISE_HOME`, else `~/.cache/headwise`."""
-    return Path(os.environ.get("HEADWISE_HOME") or "~/.cache/headwise").expanduser()
 
 
 def default_model_path() -> Path:

@@ -1,7 +1,8 @@
 """A few queries over many keys on a processor, with the keys in pieces, so that every thread has the same work.
 
-PyTorch gives whole heads to its threads, so that three KV heads on two threads take as long as four, and one as long as
-two. Pieces of one head are read by several threads; what they give is weighed by the sums of their softmax.
+C of our own reads where there is a compiler (headwise/compiled.py). PyTorch, which does elsewhere, gives whole heads to
+its threads, so that three KV heads on two threads take as long as four, and one as long as two. Pieces of one head are
+read by several threads; what they give is weighed by the sums of their softmax.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from headwise import compiled
 from headwise.matmul import blas_lags
 
 # Whether three queries are read faster with a fourth, empty one: so it is where BLAS lags.
@@ -22,6 +24,8 @@ MANY = 4
 
 def read(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attention over all keys: q [B, H, Q, d], k [B, H, K, d] and v [B, H, K, dv] -> z [B, H, Q, dv]."""
+    if compiled.serves(q, k, v):
+        return compiled.read(q, k, v, scale)
     if FOURTH and q.shape[2] == 3 and q.device.type == "cpu" and k.shape[2] >= LEAST:
         return read(pad(q, (0, 0, 0, 1)), k, v, scale)[:, :, :3]
     count = pieces(q, k, v, torch.get_num_threads())

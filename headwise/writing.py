@@ -1,4 +1,4 @@
-"""Files that are either old or complete, never half-written."""
+"""Where headwise keeps files between runs, and files that are either old or complete, never half-written."""
 
 import os
 from collections.abc import Callable
@@ -14,3 +14,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def home() -> Path:
+    """The folder for what headwise keeps between runs: `HEADWISE_HOME`, else `~/.cache/headwise`."""
+    return Path(os.environ.get("HEADWISE_HOME") or "~/.cache/headwise").expanduser()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headwise.convert import home
 from headwise.data.reference import digest, paragraphs
 from headwise.decode import Medusa
 from headwise.draft_heads import HeadsMethod
@@ -23,7 +22,7 @@ from headwise.drafting import Drafter
 from headwise.progress import hidden
 from headwise.stats import sign_flip
 from headwise.verifying import Verifying
-from headwise.writing import write_aside
+from headwise.writing import home, write_aside
 
 WIDTH, LAYERS, STEPS, LENGTH, TREE = 96, 3, 500, 96, (3, 2, 1, 1)
 PROMPT, NEW = 32, 64
