@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK = 64, ROWS = 16, WIDEST = 256, AHEAD = 16, LINE = 16 };
+enum { BLOCK = 64, ROWS = 8, WIDEST = 256, AHEAD = 16, LINE = 16 };
 
 struct reading {
     const float *q, *k, *v; /* [B, H, R, d] without gaps; [B, H, K, d] and [B, H, K, dv] with the strides below */
@@ -16,6 +16,9 @@ struct reading {
     long batch, heads, rows, keys, size, size_v, k_batch, k_head, k_key, v_batch, v_head, v_key, pieces, threads;
     float scale;
 };
+
+/* As many floats as fit into a line of memory; compilers make of it what the processor has. */
+typedef float lane __attribute__((vector_size(4 * LINE), aligned(4)));
 
 /* What a task knows of its rows: the largest score, the sum of exp(score - largest), and the values weighed by it. */
 struct rows {
@@ -68,15 +71,27 @@ block(const int count, const int size, const int size_v, const float *restrict q
         }
         sum[r] += x;
     }
-    for (int j = 0; j < keys; j++) {
-        const float *value = v + j * v_key;
-        for (int i = 0; i < size_v; i += LINE) __builtin_prefetch(value + AHEAD * v_key + i);
+    int from = 0;
+    /* Four lanes of up to four rows at a time stay in registers. */
+    for (; from + 4 * LINE <= size_v; from += 4 * LINE) {
+        lane own[4][4];
         for (int r = 0; r < count; r++)
-            for (int i = 0; i < size_v; i++) z[r * size_v + i] += s[r][j] * value[i];
+            for (int i = 0; i < 4; i++) own[r][i] = *(const lane *)(z + r * size_v + from + LINE * i);
+        for (int j = 0; j < keys; j++) {
+            const float *value = v + j * v_key + from;
+            for (int i = 0; i < 4; i++) __builtin_prefetch(value + AHEAD * v_key + LINE * i);
+            for (int r = 0; r < count; r++)
+                for (int i = 0; i < 4; i++) own[r][i] += s[r][j] * ((const lane *)value)[i];
+        }
+        for (int r = 0; r < count; r++)
+            for (int i = 0; i < 4; i++) *(lane *)(z + r * size_v + from + LINE * i) = own[r][i];
     }
+    for (int j = 0; j < keys; j++)
+        for (int r = 0; r < count; r++)
+            for (int i = from; i < size_v; i++) z[r * size_v + i] += s[r][j] * v[j * v_key + i];
 }
 
-/* Up to four rows at a time, so that their sums stay in registers. */
+/* Up to four rows at a time; the commonest sizes by their number, so that loops unroll. */
 #define FOUR(count, size, size_v)                                                                                      \
     block(count, size, size_v, at->q + r * size, at->z + r * size_v, at->top + r, at->sum + r, k, v, a->k_key,         \
           a->v_key, keys)
@@ -129,9 +144,10 @@ static void join(const struct reading *a, long head, long row, const float *part
     for (long i = 0; i < a->size_v; i++) z[i] /= sum;
 }
 
-/* 1 where there is no memory. */
+/* 0; 1 where there are more rows or channels than there is room for, or no memory. */
 int headwise_read(const struct reading *a)
 {
+    if (a->rows > ROWS || a->size > WIDEST || a->size_v > WIDEST) return 1;
     long each = (a->keys + a->pieces - 1) / a->pieces, tasks = a->batch * a->heads * a->pieces;
     float *parts = malloc((size_t)(tasks * a->rows * (a->size_v + 2)) * sizeof(float));
     if (parts == NULL) return 1;

@@ -1,10 +1,6 @@
 """Reading by compiled C: what attention gives, when it is used, and that nothing is lost where it cannot be had."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import kv_twins
 import pytest
@@ -95,6 +91,8 @@ def test_what_is_left_to_pytorch(monkeypatch):
     assert not compiled.serves(q, k, k.transpose(2, 3).contiguous().transpose(2, 3))
     assert not compiled.serves(q, k, nn.Parameter(k))
     assert not compiled.serves(drawn(1, 2, compiled.ROWS + 1, 8), k, k)
+    with pytest.raises(RuntimeError, match="9 queries of 8 channels"):
+        compiled.read(drawn(1, 2, compiled.ROWS + 1, 8), k, k)
     assert not compiled.serves(drawn(1, 1, 1, 257), drawn(1, 1, 5, 257), drawn(1, 1, 5, 257))
     sloped = k.clone().requires_grad_()
     assert not compiled.serves(q, sloped, k)
@@ -144,36 +142,39 @@ def test_streaming_heads_are_read_alike(models, monkeypatch):
     torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-4)
 
 
-def found_by(tmp_path: Path, script: str | None, home: str = "home") -> str:
-    """Whether a fresh process has the library when this script is its compiler; None is one that is not there."""
-    compiler = tmp_path / "compiler"
-    if script is not None:
-        compiler.write_text(f"#!/bin/sh\n{script}\n")
-        compiler.chmod(0o755)
-    code = "from headwise import compiled; print(compiled.available())"
-    told = {**os.environ, "HEADWISE_CC": str(compiler), "HEADWISE_HOME": str(tmp_path / home)}
-    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
-    assert not done.stderr
-    return done.stdout.strip()
+@pytest.fixture
+def found_by(tmp_path, monkeypatch):
+    """Whether there is a library when this script is the compiler; None is a compiler that is not there."""
+
+    def found(script: str | None, home: str = "home") -> bool:
+        compiler = tmp_path / "compiler"
+        if script is not None:
+            compiler.write_text(f"#!/bin/sh\n{script}\n")
+            compiler.chmod(0o755)
+        monkeypatch.setenv("HEADWISE_CC", str(compiler))
+        monkeypatch.setenv("HEADWISE_HOME", str(tmp_path / home))
+        return compiled._library.__wrapped__() is not None
+
+    return found
 
 
 @here
-def test_compilers_that_fail_or_lie_are_not_used(tmp_path):
+def test_compilers_that_fail_or_lie_are_not_used(tmp_path, found_by):
     version = 'if [ "$1" = --version ]; then exit 0; fi; '
-    assert found_by(tmp_path, None) == "False"
-    assert found_by(tmp_path, "exit 1") == "False"
-    assert found_by(tmp_path, version + "exit 1") == "False"
-    assert found_by(tmp_path, version + 'while [ "$1" != -o ]; do shift; done; echo > "$2"') == "False"
-    assert found_by(tmp_path, 'exec cc -Dexpf=expm1f "$@"') == "False"
+    assert not found_by(None)
+    assert not found_by("exit 1")
+    assert not found_by(version + "exit 1")
+    assert not found_by(version + 'while [ "$1" != -o ]; do shift; done; echo > "$2"')
+    assert not found_by('exec cc -Dexpf=expm1f "$@"')
     (tmp_path / "file").write_text("")
-    assert found_by(tmp_path, 'exec cc "$@"', home="file") == "False"
+    assert not found_by('exec cc "$@"', home="file")
 
 
 @here
-def test_it_is_compiled_once(tmp_path):
+def test_it_is_compiled_once(tmp_path, found_by):
     script = f'echo . >> {tmp_path}/runs; exec cc "$@"'
-    assert [found_by(tmp_path, script) for _ in range(2)] == ["True", "True"]
-    # Each process asks for the version, to know what it is looking for; the first one compiles.
+    assert found_by(script) and found_by(script)
+    # Each asks for the version, to know what it is looking for; the first one compiles.
     assert len((tmp_path / "runs").read_text().split()) == 3
     assert [one.suffix for one in (tmp_path / "home" / "compiled").iterdir()] == [".so"]
 
