@@ -69,6 +69,8 @@ def _time(found: dict | None, maker: str, circumstances: Callable[[dict], str]) 
                     f"compiler and PyTorch reads, everything kept is {full:.2f} and half {half:.2f} times as fast as "
                     f"DynamicCache, and half {static:.2f} times StaticCache."
                 )
+            else:
+                said.append("Measured before keys were read by C (headwise/compiled.py).")
             if "one token" in rows:
                 least_ms, most = 1000 * rows["one token"]["decode"], ratio("one token", "DynamicCache")
                 said.append(

@@ -66,7 +66,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def read(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attention over all keys: q [B, H, Q, d], k [B, H, K, d] and v [B, H, K, dv] -> z [B, H, Q, dv], float32.
 
-    Of what `serves`, and RuntimeError at too many rows or channels; q may lie anyhow, k and v without gaps in the last axis.
+    Of what `serves`: q may lie anyhow, k and v without gaps in the last axis. Raises RuntimeError at too many rows.
     """
     library = _library()
     assert library is not None
