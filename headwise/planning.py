@@ -7,6 +7,7 @@
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,7 @@ def make_plan(
         "seed": making.seed,
         "ranking": best.ranking,
         "dev": {choice.name: round(choice.right, 4) for choice in tried},
+        "stopped": [choice.name for choice in tried if len(choice.shares) < len(best.shares)],
         "skipped": skipped,
         "when": _now(),
     }
@@ -130,6 +132,8 @@ class _Choice:
     rest: CacheMethod
     full: list[str]
     right: float = 0.0
+    # What was measured, by task; fewer tasks than there are once it could no longer win. `right` is then a bound.
+    shares: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -196,6 +200,7 @@ def _choose(
     """The choice whose cache gets most tokens of the dev answers right, the earlier where two are equal; and all tried.
 
     Rankings are compared with the first treatment of the rest, and the other treatments with the best ranking only.
+    One that can no longer win is not tried further. Tasks at which the first did worst come first, as they tell most.
     """
     first, *others = making.rest
     tried = [_Choice(name, first, order[: counts[first]]) for name, order in orders.items()]
@@ -204,12 +209,20 @@ def _choose(
         batches = [batches[name].take(list(range(min(DEV, len(batches[name]))))) for name in quality.RETRIEVAL]
         total = (len(tried) + len(others)) * sum(map(len, batches))
         with tqdm(total=total, desc="choosing", disable=hidden(), leave=False) as bar:
-            for choice in tried:
-                choice.right = _right(model, tokenizer, making, choice, batches, bar.update)
+
+            def measure(choices: Sequence[_Choice], beat: float) -> float:
+                for choice in choices:
+                    choice.right = _right(model, tokenizer, making, choice, batches, bar.update, beat)
+                    beat = max(beat, choice.right)
+                return beat
+
+            beat = measure(tried[:1], -1.0)
+            if shares := tried[0].shares:
+                batches = [batches[i] for i in sorted(range(len(batches)), key=shares.__getitem__)]
+            beat = measure(tried[1:], beat)
             best = max(tried, key=lambda choice: choice.right)
             more = [_Choice(best.ranking, rest, orders[best.ranking][: counts[rest]]) for rest in others]
-            for choice in more:
-                choice.right = _right(model, tokenizer, making, choice, batches, bar.update)
+            measure(more, beat)
         tried += more
     return max(tried, key=lambda choice: choice.right), tried
 
@@ -221,15 +234,23 @@ def _right(
     choice: _Choice,
     batches: Sequence["Batch"],
     step: Callable[[int], Any],
+    beat: float,
 ) -> float:
-    """Share of the tokens of answers that are right, each batch counting the same."""
+    """Share of the tokens of answers that are right, each batch counting the same; where that cannot be more than
+    `beat`, the most that it could be.
+    """
     rest = dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest)
     cache = _maker(model, rest, making.test_at, making.then)
-    rights = [
-        float(retrieval(model, tokenizer, batch, cache, forced=True, step=step).tokens.float().mean())
-        for batch in batches
-    ]
-    return sum(rights) / len(rights)
+    most = 1.0
+    for batch in batches:
+        if most <= beat:
+            step(len(batch))
+            continue
+        found = retrieval(model, tokenizer, batch, cache, forced=True, step=step).tokens.float().mean()
+        choice.shares.append(float(found))
+        # Equal shares must be equal in whatever order they come.
+        most = math.fsum([*choice.shares, len(batches) - len(choice.shares)]) / len(batches)
+    return most
 
 
 def try_plan(

@@ -1,6 +1,9 @@
 """Plans: the file, what is refused, attaching; and what a KV cache method is as plain data."""
 
 import json
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from families import FAMILIES
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from headwise import planning
+from headwise import planning, quality
 from headwise.atlas import Atlas
 from headwise.attach import attached, caching, detach
 from headwise.bench import cost, dynamic, static
@@ -262,6 +265,48 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
     assert (best.ranking, best.rest, best.full) == ("echo", first, orders["echo"][:2])
     assert [(one.ranking, one.rest) for one in tried] == [*((name, first) for name in orders), ("echo", second)]
     assert tried[-1].full == orders["echo"][:1]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """In place of a batch: a name and a number of prompts."""
+
+    task: str
+
+    def __len__(self) -> int:
+        return 4
+
+    def take(self, rows: list[int]) -> "Asked":
+        return self
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_choices_that_cannot_win_are_stopped_and_no_other_wins(chatty, monkeypatch, seed):
+    """Against trying all on everything; shares are quarters, so that many are equal."""
+    model, tokenizer = chatty
+    draw, units = random.Random(seed), kv_units(model)
+    orders = {name: draw.sample(units, len(units)) for name in "abcdef"}
+    rest = (Duo(4, 16), Duo(4, 16, whole=True))
+    worth: dict[tuple, float] = {}
+    asked = []
+
+    def retrieval(model, tokenizer, batch, cache, forced, step):
+        asked.append(batch.task)
+        step(len(batch))
+        return SimpleNamespace(tokens=torch.tensor([worth.setdefault((*cache, batch.task), draw.randint(2, 4) / 4)]))
+
+    monkeypatch.setattr(planning, "retrieval", retrieval)
+    monkeypatch.setattr(planning, "_maker", lambda model, rest, *_: (frozenset(rest), *set(rest.values())))
+    monkeypatch.setattr(quality, "prompts", lambda *_, **__: {task: Asked(task) for task in quality.RETRIEVAL})
+    best, tried = planning._choose(model, tokenizer, planning.Making(rest=rest), orders, dict.fromkeys(rest, 1))
+    assert len(asked) == sum(len(one.shares) for one in tried) < 28
+    # What was not asked can be anything: none of it would have made another win.
+    every = [(frozenset(set(units) - set(one.full)), one.rest) for one in tried]
+    exact = [
+        sum(worth.setdefault((*one, task), draw.randint(2, 4) / 4) for task in quality.RETRIEVAL) / 4 for one in every
+    ]
+    assert best is tried[exact.index(max(exact))] and best.right == max(exact) and len(best.shares) == 4
+    assert all(one.right >= right for one, right in zip(tried, exact, strict=True))
 
 
 def test_a_plan_is_made_tried_and_refused_where_nothing_can_be_told(chatty, monkeypatch, tmp_path):
