@@ -70,7 +70,7 @@ def _time(found: dict | None, maker: str, circumstances: Callable[[dict], str]) 
                     f"DynamicCache, and half {static:.2f} times StaticCache."
                 )
             else:
-                said.append("Measured before keys were read by C (headwise/compiled.py).")
+                said.append("PyTorch read the keys: this is older than headwise/compiled.py, or had no compiler.")
             if "one token" in rows:
                 least_ms, most = 1000 * rows["one token"]["decode"], ratio("one token", "DynamicCache")
                 said.append(

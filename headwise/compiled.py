@@ -1,4 +1,4 @@
-"""A few queries over many keys at the speed of memory, by C that the machine's own compiler makes once (reading.c).
+"""A few queries over many keys at nearly the speed of memory, by C that the machine compiles once (reading.c).
 
 The C calls the same threads as PyTorch, and nothing else. Without a compiler, PyTorch reads (headwise/pieces.py).
 """
@@ -91,11 +91,11 @@ def _call(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     return z
 
 
-def pieces(heads: int, keys: int, threads: int) -> int:
-    """In how many pieces the keys of a head are read, so that all threads have the same work."""
+def pieces(heads: int, keys: int, threads: int, least: int = LEAST) -> int:
+    """In how many pieces of at least so many keys those of a head are read, so that all threads have the same work."""
     if heads >= MANY * threads:
         return 1
-    return max(1, min(threads // math.gcd(heads, threads), keys // LEAST))
+    return max(1, min(threads // math.gcd(heads, threads), keys // least))
 
 
 @cache

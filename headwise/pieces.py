@@ -5,8 +5,6 @@ its threads, so that three KV heads on two threads take as long as four, and one
 read by several threads; what they give is weighed by the sums of their softmax.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -18,8 +16,6 @@ from headwise.matmul import blas_lags
 FOURTH = blas_lags()
 # Keys of a piece at least. PyTorch's kernel reads 512 at one time; where BLAS keeps up, short pieces do not pay.
 LEAST = 512 if blas_lags() else 2048
-# From so many heads a thread on, none waits long for another.
-MANY = 4
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -36,9 +32,9 @@ def pieces(q: Tensor, k: Tensor, v: Tensor, threads: int) -> int:
     """In how many pieces keys are best read; 1 where all threads have as many heads, or where pieces cannot be had."""
     heads = k.shape[0] * k.shape[1]
     slopes = torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v))
-    if heads >= MANY * threads or q.device.type != "cpu" or slopes or q.shape[3] != v.shape[3]:
+    if q.device.type != "cpu" or slopes or q.shape[3] != v.shape[3]:
         return 1
-    return max(1, min(threads // math.gcd(heads, threads), k.shape[2] // LEAST))
+    return compiled.pieces(heads, k.shape[2], threads, LEAST)
 
 
 def read_in(count: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

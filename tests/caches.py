@@ -5,9 +5,12 @@ from dataclasses import replace
 import kv_twins
 import torch
 from families import FAMILIES, VOCAB
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from headwise.anatomy import anatomy
+from headwise.attach import caching
+from headwise.cache.preallocated import Preallocated
 from headwise.kv_cache import CacheMethod, kv_units
 from headwise.method import catalogue, load
 from headwise.store import GROWTH
@@ -79,6 +82,15 @@ def text(rows: int = 2, length: int = PROMPT, pads: tuple = (), seed: int = 0) -
 def through(model, inputs: dict, cache, turns: list[int]) -> torch.Tensor:
     """Logits [B, T, V] of a text read through a cache in turns of so many tokens, in a model that is entered."""
     return kv_twins.cached_logits(model, inputs["input_ids"], inputs["attention_mask"], cache, turns)
+
+
+def decodes_as_itself(model, inputs: dict, turns: list[int]) -> None:
+    """With everything kept, a text read in turns gives what it gives through transformers' own cache."""
+    real, own = inputs["attention_mask"].bool(), DynamicCache(config=model.config)
+    want = through(model, inputs, own, turns)
+    with caching(model):
+        got = through(model, inputs, Preallocated().build(model), turns)
+    torch.testing.assert_close(got[real], want[real], atol=2e-4, rtol=1e-4)
 
 
 class Heard(BaseStreamer):
