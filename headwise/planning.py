@@ -7,10 +7,10 @@
 """
 
 import logging
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -114,8 +114,8 @@ def make_plan(
         "test_at": making.test_at,
         "seed": making.seed,
         "ranking": best.ranking,
-        "dev": {choice.name: round(choice.right, 4) for choice in tried},
-        "stopped": [choice.name for choice in tried if len(choice.shares) < len(best.shares)],
+        "dev": {choice.name: round(float(choice.right), 4) for choice in tried},
+        "stopped": [choice.name for choice in tried if len(choice.lost) < len(best.lost)],
         "skipped": skipped,
         "when": _now(),
     }
@@ -131,9 +131,14 @@ class _Choice:
     ranking: str
     rest: CacheMethod
     full: list[str]
-    right: float = 0.0
-    # What was measured, by task; fewer tasks than there are once it could no longer win. `right` is then a bound.
-    shares: list[float] = field(default_factory=list)
+    # What was lost at each prompt, in exact shares of all there is to win; fewer prompts than there are once it could
+    # no longer win. `right` is then a bound.
+    lost: list[Fraction] = field(default_factory=list)
+
+    @property
+    def right(self) -> Fraction:
+        """Share of the tokens of answers that are right, each task counting the same."""
+        return 1 - sum(self.lost, Fraction())
 
     @property
     def name(self) -> str:
@@ -200,57 +205,59 @@ def _choose(
     """The choice whose cache gets most tokens of the dev answers right, the earlier where two are equal; and all tried.
 
     Rankings are compared with the first treatment of the rest, and the other treatments with the best ranking only.
-    One that can no longer win is not tried further. Tasks at which the first did worst come first, as they tell most.
+    One that can no longer win is not tried further. Prompts at which the first did worst come first, as they tell most.
     """
     first, *others = making.rest
     tried = [_Choice(name, first, order[: counts[first]]) for name, order in orders.items()]
-    if len(tried) + len(others) > 1:
-        batches = quality.prompts(tokenizer, making.test_at, making.seed + 1000, quick=True)
-        batches = [batches[name].take(list(range(min(DEV, len(batches[name]))))) for name in quality.RETRIEVAL]
-        total = (len(tried) + len(others)) * sum(map(len, batches))
-        with tqdm(total=total, desc="choosing", disable=hidden(), leave=False) as bar:
+    best, total = tried[0], len(tried) + len(others)
+    if total == 1:
+        return best, tried
+    exam = _exam(tokenizer, making)
+    with tqdm(total=total * len(exam), desc="choosing", disable=hidden(), leave=False) as bar:
 
-            def measure(choices: Sequence[_Choice], beat: float) -> float:
-                for choice in choices:
-                    choice.right = _right(model, tokenizer, making, choice, batches, bar.update, beat)
-                    beat = max(beat, choice.right)
-                return beat
+        def examine(choice: _Choice, beat: Fraction | None) -> _Choice:
+            _examine(model, tokenizer, making, choice, exam, beat, bar.update)
+            return choice
 
-            beat = measure(tried[:1], -1.0)
-            if shares := tried[0].shares:
-                batches = [batches[i] for i in sorted(range(len(batches)), key=shares.__getitem__)]
-            beat = measure(tried[1:], beat)
-            best = max(tried, key=lambda choice: choice.right)
-            more = [_Choice(best.ranking, rest, orders[best.ranking][: counts[rest]]) for rest in others]
-            measure(more, beat)
-        tried += more
-    return max(tried, key=lambda choice: choice.right), tried
+        examine(best, None)
+        exam = [exam[i] for i in sorted(range(len(exam)), key=lambda i: -best.lost[i])]
+        for choice in tried[1:]:
+            best = max(best, examine(choice, best.right), key=lambda one: one.right)
+        for rest in others:
+            tried.append(_Choice(best.ranking, rest, orders[best.ranking][: counts[rest]]))
+            best = max(best, examine(tried[-1], best.right), key=lambda one: one.right)
+    return best, tried
 
 
-def _right(
+def _exam(tokenizer: "PreTrainedTokenizerBase", making: Making) -> "list[tuple[Batch, Fraction]]":
+    """The dev prompts one by one, and what the answers of each are worth: all tasks the same, together 1."""
+    batches = quality.prompts(tokenizer, making.test_at, making.seed + 1000, quick=True)
+    asked = {name: min(DEV, len(batches[name])) for name in quality.RETRIEVAL}
+    return [
+        (batches[name].take([row]), Fraction(1, len(asked) * count))
+        for name, count in asked.items()
+        for row in range(count)
+    ]
+
+
+def _examine(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     making: Making,
     choice: _Choice,
-    batches: Sequence["Batch"],
+    exam: "Sequence[tuple[Batch, Fraction]]",
+    beat: Fraction | None,
     step: Callable[[int], Any],
-    beat: float,
-) -> float:
-    """Share of the tokens of answers that are right, each batch counting the same; where that cannot be more than
-    `beat`, the most that it could be.
-    """
+) -> None:
+    """Answer prompt by prompt through the cache of a choice, until it cannot be more than `beat` any more."""
     rest = dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest)
     cache = _maker(model, rest, making.test_at, making.then)
-    most = 1.0
-    for batch in batches:
-        if most <= beat:
-            step(len(batch))
-            continue
-        found = retrieval(model, tokenizer, batch, cache, forced=True, step=step).tokens.float().mean()
-        choice.shares.append(float(found))
-        # Equal shares must be equal in whatever order they come.
-        most = math.fsum([*choice.shares, len(batches) - len(choice.shares)]) / len(batches)
-    return most
+    for prompt, worth in exam:
+        if beat is not None and choice.right <= beat:
+            break
+        right = retrieval(model, tokenizer, prompt, cache, forced=True, step=lambda: step(1)).tokens
+        choice.lost.append(worth * Fraction(int((~right).sum()), right.numel()))
+    step(len(exam) - len(choice.lost))
 
 
 def try_plan(

@@ -5,16 +5,18 @@ what the cache kept. Prompts run one at a time and without padding.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from headwise.attach import caching
-from headwise.kv_cache import KVCache
+from headwise.kv_cache import KVCache, KVLayer
+from headwise.rewinding import turn_limit
 from headwise.task import Batch
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     MakeCache = Callable[[], Cache] | None
+
+# Tokens at most in one pass whose logits are all wanted.
+WIDE = 256
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ def retrieval(
         batch: `at` and `answer` [B, P] in ascending columns, the same split into answers in every row.
         cache: makes a fresh cache for `past_key_values`; None is the model's own.
         chunk: tokens at most in one forward pass of the context; None reads it at once.
-        forced: read the right answers in place of the model's own. An answer is right either way or neither, but a
-            wrong one does not mislead those after it.
+        forced: read the right answers in place of the model's own, as many tokens in one pass as the cache reads as if
+            they came one by one. An answer is right either way or neither, but a wrong one misleads none after it.
         apart: the question (span "question"; the last token where there is none) is read after the context. When False
             the whole prompt is one prefill, so a cache that drops keys behind a pass shows nothing in the first token.
         step: called after each prompt.
@@ -111,7 +116,8 @@ def perplexity(
         ids: [B, T] token ids without padding.
         cache: as in `retrieval`.
         prefill: tokens of the first pass, 1 to T - 1; None is half of T. Only tokens behind it count.
-        chunk: tokens of each later pass. Within a pass a token always sees those before it.
+        chunk: tokens of each later pass; more where that gives the same, as the cache reads them as if they came one
+            by one. Within a pass a token always sees those before it.
         step: called after each row.
 
     Returns:
@@ -128,10 +134,11 @@ def perplexity(
     losses = []
     for row in ids.to(model.device):
         with _reading(model, cache) as past:
-            logits = [past.read(row[:prefill], 1)]
-            for start in range(prefill, length - 1, chunk):
-                part = row[start : min(start + chunk, length - 1)]
-                logits.append(past.read(part, len(part)))
+            logits = [past.read(row[:prefill], [prefill - 1])]
+            wide = max(chunk, min(past.most, WIDE)) if past.most >= chunk else chunk
+            for start in range(prefill, length - 1, wide):
+                part = row[start : min(start + wide, length - 1)]
+                logits.append(past.read(part, range(len(part))))
         losses.append(torch.nn.functional.cross_entropy(torch.cat(logits).float(), row[prefill:]))
         step()
     return torch.stack(losses).cpu()
@@ -155,12 +162,22 @@ class _Past:
         self.model, self.cache = model, cache
         self.short = "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
-    def read(self, ids: Tensor, keep: int) -> Tensor:
-        """Read ids [Q] and return the last `keep` rows of logits [keep, V]."""
-        less = {"logits_to_keep": keep} if self.short else {}
+    @property
+    def most(self) -> int:
+        """Tokens that one pass may read as if they came one by one, once something has been read; before, and of layers
+        that nothing is known of, 1.
+        """
+        layers = [] if self.cache is None else self.cache.layers
+        known = layers and all(type(layer) in (KVLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        return turn_limit(self.cache) if known and self.cache.get_seq_length() else 1
+
+    def read(self, ids: Tensor, columns: Sequence[int]) -> Tensor:
+        """Read ids [Q] and return the logits [columns, V] of some of them."""
+        at = torch.tensor(list(columns), device=ids.device)
+        less = {"logits_to_keep": at} if self.short else {}
         out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, **less)
         self.cache = out.past_key_values
-        return out.logits[0, -keep:]
+        return out.logits[0] if self.short else out.logits[0, at]
 
 
 @contextmanager
@@ -184,15 +201,20 @@ def _answer(past: _Past, ids: Tensor, columns: list[int], start: int, chunk: int
     """The tokens said at `columns` of one prompt ids [T], whose question begins at column `start`."""
     ids = ids.to(past.model.device)
     for begin in range(0, start, chunk or max(1, start)):
-        logits = past.read(ids[begin : min(begin + (chunk or start), start)], 1)
-    if start <= columns[0]:
-        logits = past.read(ids[start : columns[0] + 1], 1)
-    said = [int(logits[0].argmax())]
-    for last, column in zip(columns, columns[1:], strict=False):
-        fresh = ids[last + 1 : column + 1].clone()
-        if not forced:
+        part = ids[begin : min(begin + (chunk or start), start)]
+        logits = past.read(part, [len(part) - 1])
+    said = [int(logits[0].argmax())] if start > columns[0] else []
+    begin, waiting = start, columns[len(said) :]
+    while waiting:
+        count = 1
+        while forced and count < len(waiting) and waiting[count] + 1 - begin <= past.most:
+            count += 1
+        here, waiting = waiting[:count], waiting[count:]
+        fresh = ids[begin : here[-1] + 1].clone()
+        if said and not forced:
             fresh[0] = said[-1]
-        said.append(int(past.read(fresh, 1)[0].argmax()))
+        said += past.read(fresh, [column - begin for column in here]).argmax(-1).tolist()
+        begin = here[-1] + 1
     return said
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass
+from fractions import Fraction
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -256,10 +257,11 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
     assert orders["need"] == units and orders["duo_gate + need"][:2] == units[:2]
     worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
 
-    def right(*args):
-        return worth.get((args[3].ranking, args[3].rest), 0.0)
+    def examine(_model, _tokenizer, _making, choice, exam, *_):
+        lost = 1 - Fraction(worth.get((choice.ranking, choice.rest), 0.0))
+        choice.lost += [lost / len(exam)] * len(exam)
 
-    monkeypatch.setattr(planning, "_right", right)
+    monkeypatch.setattr(planning, "_examine", examine)
     making = planning.Making(test_at=256, rest=(first, second))
     best, tried = planning._choose(model, tokenizer, making, orders, {first: 2, second: 1})
     assert (best.ranking, best.rest, best.full) == ("echo", first, orders["echo"][:2])
@@ -269,43 +271,69 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
 
 @dataclass(frozen=True)
 class Asked:
-    """In place of a batch: a name and a number of prompts."""
+    """In place of a batch: a name and the numbers of its prompts."""
 
     task: str
+    rows: tuple[int, ...]
 
     def __len__(self) -> int:
-        return 4
+        return len(self.rows)
 
     def take(self, rows: list[int]) -> "Asked":
-        return self
+        return Asked(self.task, tuple(self.rows[row] for row in rows))
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_choices_that_cannot_win_are_stopped_and_no_other_wins(chatty, monkeypatch, seed):
-    """Against trying all on everything; shares are quarters, so that many are equal."""
+    """Against trying all on everything; of one task there are fewer prompts, and many choices are equal."""
     model, tokenizer = chatty
     draw, units = random.Random(seed), kv_units(model)
     orders = {name: draw.sample(units, len(units)) for name in "abcdef"}
     rest = (Duo(4, 16), Duo(4, 16, whole=True))
-    worth: dict[tuple, float] = {}
-    asked = []
+    prompts = {task: Asked(task, tuple(range(3 if task == "keys" else 6))) for task in quality.RETRIEVAL}
+    worth: dict[tuple, list[bool]] = {}
+    asked, steps = [], []
 
-    def retrieval(model, tokenizer, batch, cache, forced, step):
-        asked.append(batch.task)
-        step(len(batch))
-        return SimpleNamespace(tokens=torch.tensor([worth.setdefault((*cache, batch.task), draw.randint(2, 4) / 4)]))
+    def tokens(cache: tuple, task: str, row: int) -> list[bool]:
+        return worth.setdefault((*cache, task, row), [draw.random() < 0.85 for _ in range(4)])
 
+    def retrieval(model, tokenizer, prompt, cache, forced, step):
+        (row,) = prompt.rows
+        asked.append((*cache, prompt.task, row))
+        step()
+        return SimpleNamespace(tokens=torch.tensor([tokens(cache, prompt.task, row)]))
+
+    class Bar:
+        """What a progress bar is told."""
+
+        def __init__(self, iterable=None, total=0, **_):
+            self.total = total
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert sum(steps) == self.total == 7 * 15
+
+        def update(self, n):
+            steps.append(n)
+
+    monkeypatch.setattr(planning, "tqdm", Bar)
     monkeypatch.setattr(planning, "retrieval", retrieval)
     monkeypatch.setattr(planning, "_maker", lambda model, rest, *_: (frozenset(rest), *set(rest.values())))
-    monkeypatch.setattr(quality, "prompts", lambda *_, **__: {task: Asked(task) for task in quality.RETRIEVAL})
+    monkeypatch.setattr(quality, "prompts", lambda *_, **__: prompts)
     best, tried = planning._choose(model, tokenizer, planning.Making(rest=rest), orders, dict.fromkeys(rest, 1))
-    assert len(asked) == sum(len(one.shares) for one in tried) < 28
+    assert len(asked) == sum(len(one.lost) for one in tried) < 7 * 15
     # What was not asked can be anything: none of it would have made another win.
     every = [(frozenset(set(units) - set(one.full)), one.rest) for one in tried]
-    exact = [
-        sum(worth.setdefault((*one, task), draw.randint(2, 4) / 4) for task in quality.RETRIEVAL) / 4 for one in every
-    ]
-    assert best is tried[exact.index(max(exact))] and best.right == max(exact) and len(best.shares) == 4
+    exact = []
+    for cache in every:
+        shares = []
+        for task in quality.RETRIEVAL:
+            said = [one for row in range(min(4, len(prompts[task]))) for one in tokens(cache, task, row)]
+            shares.append(Fraction(sum(said), len(said)))
+        exact.append(sum(shares) / 4)
+    assert best is tried[exact.index(max(exact))] and best.right == max(exact) and len(best.lost) == 15
     assert all(one.right >= right for one, right in zip(tried, exact, strict=True))
 
 

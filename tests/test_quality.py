@@ -7,8 +7,8 @@ import torch
 from families import FAMILIES, VOCAB
 from transformers import DynamicCache
 
-from headwise.cache.preallocated import Preallocated
-from headwise.cache.streaming import Streaming
+from headwise import recall
+from headwise.cache import AdaKV, Duo, Pages, Preallocated, Quantised, Razor, SnapKV, Streaming
 from headwise.data.held_out import HeldOut
 from headwise.data.key_values import KeyValues
 from headwise.data.needle import Needle
@@ -103,6 +103,53 @@ def test_teacher_forcing_is_one_plain_pass(planted):
     assert torch.equal(found.tokens, plain)
     greedy = retrieval(planted.model, planted.tokenizer, batch)
     assert torch.equal(greedy.right, found.right), "one answer a prompt is right either way or neither"
+
+
+# Each with the most tokens that it reads at once as if they came one by one.
+POLICIES = {
+    "own": (None, 10**6),
+    "everything": (Preallocated(), 10**6),
+    "streaming": (Streaming(4, 24), 10**6),
+    "duo, prompts whole": (Duo(4, 24, whole=True), 24),
+    "razor": (Razor(4, 24, single=5), 5),
+    "snapkv": (SnapKV(8, 60), 7),
+    "adakv": (AdaKV(8, 60), 7),
+    "pages": (Pages(budget=16, page=4, piece=4, single=6), 6),
+    "8 bits": (Quantised(8, of=Streaming(4, 24)), 10**6),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_known_beforehand_is_read_in_few_passes_and_gives_the_same(name, monkeypatch, codes):
+    policy, most = POLICIES[name]
+    model, tokenizer = FAMILIES["llama"].build(), _bytes()
+    model.resize_token_embeddings(len(tokenizer))
+    batch = KeyValues(length=300, pairs=4, asked=3, digits=3).make(tokenizer, 2, 0)
+    cache = None if policy is None else lambda: policy.build(model)
+    read, passes, said = recall._Past.read, [], []
+
+    def watched(past, ids, columns):
+        logits = read(past, ids, columns)
+        passes.append(len(ids))
+        said.append(logits)
+        return logits
+
+    def both():
+        passes.clear()
+        said.clear()
+        found = retrieval(model, tokenizer, batch, cache, forced=True)
+        lost = perplexity(model, batch.ids[:1, :200], cache, chunk=min(most, 5))
+        return list(passes), torch.cat(said), found, lost
+
+    monkeypatch.setattr(recall._Past, "read", watched)
+    few, logits, found, lost = both()
+    monkeypatch.setattr(recall._Past, "most", 1)
+    many, alone, other, again = both()
+    assert sum(few) == sum(many) and len(few) < len(many)
+    assert all(n <= most or n in many for n in few), "contexts and questions longer than that stay as they are"
+    torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.tokens, other.tokens) and torch.equal(found.bytes, other.bytes)
+    torch.testing.assert_close(lost, again, atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_answers_are_those_of_generate(tiny):
