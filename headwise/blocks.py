@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from headwise.buffer import Buffer
 from headwise.rotary import Rotate
-from headwise.store import Buffer, Store, Turn, mix
+from headwise.store import Store, Turn, mix
 
 # Share of the largest fit by which a block is ahead of the one before it where both fit equally well.
 TIE = 1e-6

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from headwise.store import Codec
+from headwise.buffer import Codec
 
 GROUPS = {8: 64, 4: 32}
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, pad
 
 from headwise.attend import attend_openly
-from headwise.store import Buffer, Store, Turn, mix_all
+from headwise.buffer import Buffer
+from headwise.store import Store, Turn, mix_all
 
 # Votes [B, H, P] for earlier tokens, minus infinity where there is none, and how many [B] each head may keep on
 # average -> [B, H, P] whether a token stays.

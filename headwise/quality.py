@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from headwise.method import load
 from headwise.progress import hidden
-from headwise.recall import perplexity, retrieval
+from headwise.recall import perplexities, retrievals
 from headwise.stats import binomial_interval, interval
 from headwise.task import Batch, with_needle
 
@@ -127,15 +127,14 @@ def compare(
     if strange := [name for name in batches if name not in TASKS]:
         raise ValueError(f"{strange[0]!r} is no task of a quality; allowed are {', '.join(TASKS)}.")
     total = len(caches) * sum(map(len, batches.values()))
-    found: dict[str, dict[str, Any]] = {name: {} for name in caches}
+    found: dict[str, dict[str, Any]] = {}
     with tqdm(total=total, desc=f"quality at {at}", disable=hidden(), leave=False) as bar:
         for task, batch in batches.items():
-            for name, cache in caches.items():
-                if task == "text":
-                    found[name][task] = perplexity(model, batch.ids, cache, step=bar.update)
-                else:
-                    found[name][task] = retrieval(model, tokenizer, batch, cache, chunk, forced=True, step=bar.update)
-    return {name: _quality(results, at, seed, batches) for name, results in found.items()}
+            if task == "text":
+                found[task] = perplexities(model, batch.ids, caches, step=bar.update)
+            else:
+                found[task] = retrievals(model, tokenizer, batch, caches, chunk, forced=True, step=bar.update)
+    return {name: _quality({task: one[name] for task, one in found.items()}, at, seed, batches) for name in caches}
 
 
 def measure(

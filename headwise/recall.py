@@ -4,8 +4,9 @@ The context goes in first, and what is asked comes in a forward pass of its own,
 what the cache kept. Prompts run one at a time and without padding.
 """
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,18 +80,50 @@ def retrieval(
     Raises:
         ValueError: a chunk below 1, a cache that is not fresh, or rows whose answers are split differently.
     """
+    options: dict = {"forced": forced, "apart": apart, "step": step}
+    return retrievals(model, tokenizer, batch, {"": cache}, chunk, **options)[""]
+
+
+def retrievals(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: Batch,
+    caches: "Mapping[str, MakeCache]",
+    chunk: int | None = None,
+    *,
+    forced: bool = False,
+    apart: bool = True,
+    step: Callable[[], object] = tuple,
+) -> dict[str, Answers]:
+    """`retrieval` through several caches; what they read alike at the start of a prompt is read once.
+
+    Raises:
+        ValueError: as `retrieval`.
+    """
     _check_chunk(chunk)
-    rows, runs = [], None
+    rows: dict[str, list[tuple[list[int], int]]] = {name: [] for name in caches}
+    runs = None
     for row in range(len(batch)):
         ids, columns, start = _row(batch, row)
+        ids, start = ids.to(model.device), start if apart else columns[0] + 1
         mine = _runs(columns)
         if runs is not None and mine != runs:
             raise ValueError(f"Row {row} has answers of {mine} tokens, the first row of {runs}; they must be the same.")
         runs = mine
-        with _reading(model, cache) as past:
-            said = _answer(past, ids, columns, start if apart else columns[0] + 1, chunk, forced)
-            rows.append((said, bytes_of(past.cache)))
-        step()
+        fresh = _fresh(caches)
+        begun = _begun(model, ids, start, fresh) if chunk is None else None
+        for name in caches:
+            with _reading(model, fresh.pop(name), begun, name) as past:
+                said = _answer(past, ids, columns, start, chunk, forced)
+                rows[name].append((said, bytes_of(past.cache)))
+            step()
+    return {name: _answers(tokenizer, batch, mine, runs or []) for name, mine in rows.items()}
+
+
+def _answers(
+    tokenizer: "PreTrainedTokenizerBase", batch: Batch, rows: Sequence[tuple[list[int], int]], runs: list[int]
+) -> Answers:
+    """What was said through one cache, and its bytes, prompt by prompt, beside what is right."""
     said = torch.tensor([one for one, _ in rows])
     tokens, parts = said == batch.answer.cpu(), said.split(runs, 1)
     return Answers(
@@ -126,22 +159,42 @@ def perplexity(
     Raises:
         ValueError: a prefill or a chunk that leaves nothing to predict, or a cache that is not fresh.
     """
+    return perplexities(model, ids, {"": cache}, prefill, chunk, step=step)[""]
+
+
+def perplexities(
+    model: "PreTrainedModel",
+    ids: Tensor,
+    caches: "Mapping[str, MakeCache]",
+    prefill: int | None = None,
+    chunk: int = 32,
+    *,
+    step: Callable[[], object] = tuple,
+) -> dict[str, Tensor]:
+    """`perplexity` through several caches; what they read alike at the start of a text is read once.
+
+    Raises:
+        ValueError: as `perplexity`.
+    """
     _check_chunk(chunk)
     length = ids.shape[1]
     prefill = max(1, length // 2) if prefill is None else prefill
     if not 1 <= prefill < length:
         raise ValueError(f"A prefill of {prefill} tokens was asked for; a text of {length} allows 1 to {length - 1}.")
-    losses = []
+    losses: dict[str, list[Tensor]] = {name: [] for name in caches}
     for row in ids.to(model.device):
-        with _reading(model, cache) as past:
-            logits = [past.read(row[:prefill], [prefill - 1])]
-            wide = max(chunk, min(past.most, WIDE)) if past.most >= chunk else chunk
-            for start in range(prefill, length - 1, wide):
-                part = row[start : min(start + wide, length - 1)]
-                logits.append(past.read(part, range(len(part))))
-        losses.append(torch.nn.functional.cross_entropy(torch.cat(logits).float(), row[prefill:]))
-        step()
-    return torch.stack(losses).cpu()
+        fresh = _fresh(caches)
+        begun = _begun(model, row, prefill, fresh)
+        for name in caches:
+            with _reading(model, fresh.pop(name), begun, name) as past:
+                logits = [past.open(row, prefill)]
+                wide = max(chunk, min(past.most, WIDE)) if past.most >= chunk else chunk
+                for start in range(prefill, length - 1, wide):
+                    part = row[start : min(start + wide, length - 1)]
+                    logits.append(past.read(part, range(len(part))))
+            losses[name].append(torch.nn.functional.cross_entropy(torch.cat(logits).float(), row[prefill:]))
+            step()
+    return {name: torch.stack(mine).cpu() for name, mine in losses.items()}
 
 
 def bytes_of(cache: "Cache") -> int:
@@ -155,11 +208,45 @@ def bytes_of(cache: "Cache") -> int:
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The first tokens of a text, read with everything in sight, for the caches that would read them so.
+
+    Attributes:
+        tokens: how many. logits: [1, V] behind the last. takers: names of the caches.
+    """
+
+    tokens: int
+    cache: "Cache"
+    logits: Tensor
+    takers: frozenset[str]
+
+
+def _begun(model: "PreTrainedModel", ids: Tensor, length: int, fresh: "Mapping[str, Cache | None]") -> _Begun | None:
+    """As much of the first `length` ids [T] as saves most; None where no two of the caches would read any alike."""
+    if not any(isinstance(cache, KVCache) for cache in fresh.values()):
+        return None
+    # The model's own cache keeps everything.
+    asked = {name: KVCache(model, {}) if cache is None else cache for name, cache in fresh.items()}
+    ranges = {name: cache.openings(length) for name, cache in asked.items() if isinstance(cache, KVCache)}
+    takers = {one[-1]: frozenset(name for name in ranges if one[-1] in ranges[name]) for one in ranges.values() if one}
+    tokens = max(takers, key=lambda n: n * (len(takers[n]) - 1), default=0)
+    if not tokens or len(takers[tokens]) < 2:
+        return None
+    with _reading(model, None) as past:
+        logits = past.open(ids, tokens)
+    return _Begun(tokens, past.cache, logits, takers[tokens])
+
+
 class _Past:
     """A model, and the cache through which it reads."""
 
-    def __init__(self, model: "PreTrainedModel", cache: "Cache | None") -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: "PreTrainedModel", cache: "Cache | None", begun: _Begun | None = None) -> None:
+        self.model, self.cache, self.begun = model, cache, begun
+        if begun is not None and isinstance(cache, KVCache):
+            cache.take(model, begun.cache)
+        elif begun is not None:
+            self.cache = copy.deepcopy(begun.cache)
         self.short = "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
     @property
@@ -171,6 +258,14 @@ class _Past:
         known = layers and all(type(layer) in (KVLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         return turn_limit(self.cache) if known and self.cache.get_seq_length() else 1
 
+    def open(self, ids: Tensor, length: int, chunk: int | None = None) -> Tensor:
+        """Read the first `length` of the ids [T], `chunk` in one pass -> logits [1, V] behind them."""
+        had, logits = (0, torch.empty(0)) if self.begun is None else (self.begun.tokens, self.begun.logits)
+        for start in range(had, length, chunk or max(1, length)):
+            part = ids[start : min(start + (chunk or length), length)]
+            logits = self.read(part, [len(part) - 1])
+        return logits
+
     def read(self, ids: Tensor, columns: Sequence[int]) -> Tensor:
         """Read ids [Q] and return the logits [columns, V] of some of them."""
         at = torch.tensor(list(columns), device=ids.device)
@@ -180,29 +275,32 @@ class _Past:
         return out.logits[0] if self.short else out.logits[0, at]
 
 
+def _fresh(caches: "Mapping[str, MakeCache]") -> "dict[str, Cache | None]":
+    """A new cache of each; None is the model's own."""
+    fresh = {name: None if make is None else make() for name, make in caches.items()}
+    for cache in fresh.values():
+        if cache is not None and (held := cache.get_seq_length()):
+            raise ValueError(f"The cache holds {held} tokens; each prompt needs a fresh one from the function given.")
+    return fresh
+
+
 @contextmanager
-def _reading(model: "PreTrainedModel", make: "MakeCache") -> Iterator[_Past]:
-    """A fresh cache to read through; the model's attention is led to it where it is one of headwise."""
-    cache = None if make is None else make()
-    if cache is not None and cache.get_seq_length():
-        raise ValueError(
-            f"The cache holds {cache.get_seq_length()} tokens; each prompt needs a fresh one from the function given."
-        )
+def _reading(
+    model: "PreTrainedModel", cache: "Cache | None", begun: _Begun | None = None, name: str = ""
+) -> Iterator[_Past]:
+    """Reading through a cache, from what has `begun` if its name is among the takers; attention is led to it."""
     was = model.training
     with caching(model) if isinstance(cache, KVCache) else nullcontext(), torch.no_grad():
         model.eval()
         try:
-            yield _Past(model, cache)
+            yield _Past(model, cache, begun if begun is not None and name in begun.takers else None)
         finally:
             model.train(was)
 
 
 def _answer(past: _Past, ids: Tensor, columns: list[int], start: int, chunk: int | None, forced: bool) -> list[int]:
     """The tokens said at `columns` of one prompt ids [T], whose question begins at column `start`."""
-    ids = ids.to(past.model.device)
-    for begin in range(0, start, chunk or max(1, start)):
-        part = ids[begin : min(begin + (chunk or start), start)]
-        logits = past.read(part, [len(part) - 1])
+    logits = past.open(ids, start, chunk)
     said = [int(logits[0].argmax())] if start > columns[0] else []
     begin, waiting = start, columns[len(said) :]
     while waiting:

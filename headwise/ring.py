@@ -1,5 +1,7 @@
 """Sinks and a ring of recent tokens: the store of every method that keeps the start and the end of the text."""
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,11 @@ class Ring(Store):
     def one_by_one(self) -> int:
         """A prompt that sees itself whole is longer than the ring."""
         return self.recent if self.whole else super().one_by_one
+
+    @property
+    def opening(self) -> int:
+        """A prompt that sees itself whole; otherwise what fills sinks and ring, before anything is dropped."""
+        return sys.maxsize if self.whole else self.sink + self.recent
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see the sinks and the last `recent` columns, their own among them."""

@@ -10,10 +10,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from headwise.anatomy import anatomy
 from headwise.attach import caching
+from headwise.buffer import GROWTH
 from headwise.cache.preallocated import Preallocated
 from headwise.kv_cache import CacheMethod, kv_units
 from headwise.method import catalogue, load
-from headwise.store import GROWTH
 
 NAMES = ("llama", "qwen2", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 PROMPT, NEW = 24, 9

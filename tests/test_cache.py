@@ -9,10 +9,10 @@ from caches import HOLDS, METHODS, NAMES, NEW, PROMPT, WAYS, build, generated, s
 
 from headwise.anatomy import anatomy
 from headwise.attach import caching, treated
+from headwise.buffer import GROWTH
 from headwise.cache import AdaKV, Duo, Quantised, Razor, SnapKV, Streaming
 from headwise.data import Needle, Planted
 from headwise.kv_cache import KVCache, kv_units
-from headwise.store import GROWTH
 
 pytestmark = pytest.mark.usefixtures("codes")
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from headwise.buffer import Buffer
 from headwise.codes import Codes
 from headwise.kv_cache import CacheMethod
-from headwise.store import Buffer, Full, Store, Turn, inside
+from headwise.store import Full, Store, Turn, inside
 
 
 @dataclass(frozen=True)

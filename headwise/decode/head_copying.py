@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.anatomy import anatomy
+from headwise.buffer import Buffer
 from headwise.drafting import Draft, Drafter, News, Reading
 from headwise.listen import Handler, Place, listen
 from headwise.score import Score
 from headwise.site import Site, Unit
-from headwise.store import Buffer
 from headwise.verifying import DraftMethod
 
 
