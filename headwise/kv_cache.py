@@ -155,12 +155,6 @@ class KVLayer(CacheLayerMixin):
             part.store.remember(keys[:, part.kv], values[:, part.kv], Turn(0))
         self.tokens = keys.shape[2]
 
-    def openings(self, length: int) -> range:
-        """How many first tokens of a first turn of `length` may come by `take`, and all is as if it had been read."""
-        stores = [method.store(self.reserve) for method in dict.fromkeys(self.methods)]
-        least, most = max(length - one.one_by_one for one in stores), min(one.opening for one in stores)
-        return range(max(0, least), min(length, most) + 1)
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns of the mask, the first one's number): always the logical length."""
         return self.tokens + query_length, 0
@@ -284,8 +278,11 @@ class KVCache(Cache):
 
     def openings(self, length: int) -> range:
         """How many first tokens of a context of `length`, read at once, may come by `take`, and all is as if read."""
-        layers = [layer.openings(length) if isinstance(layer, KVLayer) else range(0) for layer in self.layers]
-        return range(max(one.start for one in layers), min(one.stop for one in layers))
+        found = [range(length + 1)]
+        for layer in self.layers:
+            stores = [one.store() for one in dict.fromkeys(layer.methods)] if isinstance(layer, KVLayer) else []
+            found += [store.openings(length) for store in stores] or [range(0)]
+        return range(max(one.start for one in found), min(one.stop for one in found))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the cache keeps alive, sliding and linear layers included."""

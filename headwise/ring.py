@@ -1,7 +1,5 @@
 """Sinks and a ring of recent tokens: the store of every method that keeps the start and the end of the text."""
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -29,10 +27,11 @@ class Ring(Store):
         """A prompt that sees itself whole is longer than the ring."""
         return self.recent if self.whole else super().one_by_one
 
-    @property
-    def opening(self) -> int:
-        """A prompt that sees itself whole; otherwise what fills sinks and ring, before anything is dropped."""
-        return sys.maxsize if self.whole else self.sink + self.recent
+    def openings(self, length: int) -> range:
+        """All of a prompt that sees itself whole; else no more than sinks and ring hold, before anything is dropped."""
+        if self.whole and length > self.recent:
+            return range(length, length + 1)
+        return range(min(length, self.sink + self.recent) + 1)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see the sinks and the last `recent` columns, their own among them."""

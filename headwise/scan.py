@@ -275,15 +275,10 @@ class _Runner:
     def _measure(self, copies: int, wanted: list, layer: int) -> list[Tensor]:
         inputs = {k: v.repeat(copies, *[1] * (v.ndim - 1)) for k, v in self.chunk.inputs.items()}
         batch = self.chunk if copies == 1 else self.chunk.take(torch.arange(len(self.chunk)).repeat(copies))
-        started = list(wanted)
+        begin = nullcontext()
         if self.prefix:
-            cached = self.prefix[layer]
-
-            def start(value: Tensor, _: Place) -> Tensor:
-                return cached.repeat(copies, 1, 1).to(value.dtype)
-
-            started.insert(0, (Site(layer, "resid_pre"), start))
-        with skipping(self.body, layer if self.prefix else None, self.tuples), listen(self.model, started):
+            begin = starting(self.model, layer, self.prefix[layer].repeat(copies, 1, 1), self.tuples)
+        with begin, listen(self.model, wanted):
             values = self.metric(answer_logits(self.model, batch, inputs), batch)
         return list(values.cpu().split(len(self.chunk)))
 
@@ -317,6 +312,14 @@ def skipping(body: Anatomy, layer: int | None, tuples: set[int], last: int | Non
     finally:
         for n, block in blocks.items():
             _restore(block, before[n])
+
+
+@contextmanager
+def starting(model: PreTrainedModel, layer: int, value: Tensor, tuples: set[int]) -> Iterator[None]:
+    """Inside the block the main stack begins at `layer`, which `value` [B, T, D] enters."""
+    site = Site(layer, "resid_pre")
+    with skipping(anatomy(model), layer, tuples), listen(model, [(site, lambda given, _: value.to(given.dtype))]):
+        yield
 
 
 def _restore(block: nn.Module, forward: object) -> None:

@@ -5,7 +5,9 @@ streaming heads side by side as rows of one batch.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +20,13 @@ from headwise.anatomy import Anatomy, anatomy
 from headwise.matmul import fast_matmul
 from headwise.narrow import Window, alone, checked, narrowed
 from headwise.progress import hidden
+from headwise.scan import noting_tuples, starting
 from headwise.score import Score
-from headwise.site import Unit
+from headwise.site import Site, Unit
+from headwise.tap import tap
 from headwise.task import Batch, answer_logits, logprob
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,18 +83,21 @@ def answers(
     Raises:
         ValueError: a unit that is no KV head of this model, or a batch without tokens.
     """
-    window, streams = window or Window(), _rows(anatomy(model), choices)
+    window, body = window or Window(), anatomy(model)
+    streams = _rows(body, choices)
     said: list[Tensor] = []
     bar = tqdm(total=len(batch) * len(choices), desc=label, disable=label is None or hidden(), leave=False)
     with torch.no_grad(), fast_matmul(model), bar:
         for row in range(len(batch)):
             prompt = opened(model, alone(batch, row).to(model.device), whole)
             parts, most = [], at_once if prompt.repeats else 1
-            for start in range(0, len(choices), most):
-                some = {layer: rows[start : start + most].to(model.device) for layer, rows in streams.items()}
-                count = len(choices[start : start + most])
+            groups = [slice(start, start + most) for start in range(0, len(choices), most)]
+            begin = _beginnings(model, prompt, [_touched(streams, group) for group in groups])
+            for group in groups:
+                some = {layer: rows[group].to(model.device) for layer, rows in streams.items()}
+                touched, count = _touched(streams, group), len(choices[group])
                 several = prompt.one.take([0] * count)
-                with narrowed(model, window, _mixing(some), layers=_touched(some)):
+                with begin(touched, count), narrowed(model, window, _mixing(some), layers=touched):
                     logits = answer_logits(model, several, prompt.inputs(count)).float()
                 right = logits.argmax(-1) == several.answer
                 if several.weight is not None:
@@ -111,8 +120,37 @@ def _rows(body: Anatomy, choices: Sequence[Collection[str]]) -> dict[int, Tensor
     return rows
 
 
-def _touched(streams: dict[int, Tensor]) -> list[int]:
-    return [layer for layer, rows in streams.items() if bool(rows.any())]
+def _touched(streams: dict[int, Tensor], group: slice) -> list[int]:
+    """Layers in which one of these choices narrows a head, in order."""
+    return sorted(layer for layer, rows in streams.items() if bool(rows[group].any()))
+
+
+def _beginnings(
+    model: PreTrainedModel, prompt: "Opened", groups: Sequence[list[int]]
+) -> Callable[[list[int], int], AbstractContextManager[None]]:
+    """Of layers that a group of choices changes, and how many copies of the prompt it takes, what lets the group begin
+    at the first of them: below it all is as in the unchanged run. That run is made where it saves more than it costs.
+    """
+    blocks = sorted(anatomy(model).blocks[""])
+    first = [layers[0] for layers in groups if layers]
+    if sum(map(blocks.index, first)) <= len(blocks):
+        return lambda *_: nullcontext()
+    with tap(model, *(Site(n, "resid_pre") for n in sorted(set(first)))) as t, noting_tuples(anatomy(model)) as tuples:
+        logits = answer_logits(model, prompt.one, prompt.inputs())
+
+    def begin(layers: list[int], copies: int) -> AbstractContextManager[None]:
+        if not layers:
+            return nullcontext()
+        return starting(model, layers[0], t[Site(layers[0], "resid_pre")].repeat(copies, 1, 1), tuples)
+
+    try:
+        with begin([max(first)], 1):
+            again = answer_logits(model, prompt.one, prompt.inputs())
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as problem:
+        log.debug("starting from layer %d failed: %s", max(first), problem)
+        return lambda *_: nullcontext()
+    least = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return begin if torch.allclose(again, logits, rtol=least, atol=least) else lambda *_: nullcontext()
 
 
 def _mixing(streams: dict[int, Tensor]) -> Callable[[int, Tensor, Callable[[], Tensor]], Tensor]:

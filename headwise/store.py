@@ -169,12 +169,11 @@ class Store(ABC):
         """The longest turn that is read as if its tokens had come one by one; longer ones are taken for prompts."""
         return sys.maxsize
 
-    @property
-    def opening(self) -> int:
-        """First tokens of a text, at most, that a first turn reads with everything in sight and keeps as `remember`
-        does; 0 where nothing is known.
+    def openings(self, length: int) -> range:
+        """How many first tokens of a first turn of `length` it may be given by `remember`, their attention computed
+        with everything in sight, so that all is as if it had read the turn. Empty where that is not known.
         """
-        return 0
+        return range(0)
 
     def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
         """Take in new tokens without reading them; used when part of a turn is taken back.
@@ -295,10 +294,9 @@ class Full(Store):
         super().__init__()
         self.kept = Buffer(reserve)
 
-    @property
-    def opening(self) -> int:
-        """All of it, always."""
-        return sys.maxsize
+    def openings(self, length: int) -> range:
+        """Any number."""
+        return range(length + 1)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Plain causal attention over all tokens so far."""

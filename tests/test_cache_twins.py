@@ -1,16 +1,18 @@
 """Methods of the cache room against naive twins: whole passes under a mask, or with the compensation written out."""
 
+from dataclasses import replace
+
 import kv_twins
 import pytest
 import torch
-from caches import built_once, size, text, through
+from caches import METHODS, built_once, size, small, text, through
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from headwise.anatomy import anatomy
 from headwise.attach import caching
 from headwise.cache import AdaKV, Duo, Preallocated, Razor, SnapKV, Streaming
-from headwise.kv_cache import kv_units
+from headwise.kv_cache import KVCache, kv_units
 from headwise.store import Turn
 
 
@@ -116,3 +118,34 @@ def test_a_context_may_come_from_another_cache(models, method):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
         with pytest.raises(ValueError, match="50 tokens already"):
             cache.take(model, own)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_a_prompt_may_be_begun_by_another_cache(models, family, name, codes):
+    """As many tokens as the method says, and the others read as the rest of the prompt: against reading all at once."""
+    model, inputs, methods = models(family), text(length=40), [small(name)]
+    methods += [replace(small("duo"), whole=True)] if name == "duo" else []
+    units = kv_units(model)
+    for method in methods:
+        for some in (units, units[::2]):
+            found = KVCache(model, dict.fromkeys(some, method)).openings(30)
+            expected = range(0)
+            if name in ("preallocated", "duo", "streaming", "pages") and family != "gemma2":
+                whole = name == "pages" or method == Duo(2, 6, whole=True)
+                expected = range(30 if whole else 0, 31 if whole or name == "preallocated" else 9)
+            assert list(found) == list(expected)
+            for tokens in {*found[:1], *found[1:][:1], *found[-1:]} - {0}:
+                own = DynamicCache(config=model.config)
+                cache = KVCache(model, dict.fromkeys(some, method))
+                with caching(model), torch.no_grad():
+                    model(inputs["input_ids"][:, :tokens], past_key_values=own)
+                    cache.take(model, own)
+                    turns = [n for n in (30 - tokens, 1, 9) if n]
+                    got = [
+                        model(ids, past_key_values=cache).logits
+                        for ids in inputs["input_ids"][:, tokens:].split(turns, 1)
+                    ]
+                    whole = KVCache(model, dict.fromkeys(some, method))
+                    want = kv_twins.cached_logits(model, inputs["input_ids"], None, whole, [30, 1, 9])
+                torch.testing.assert_close(torch.cat(got, 1), want[:, tokens:], atol=1e-4, rtol=1e-4)

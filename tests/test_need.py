@@ -1,10 +1,13 @@
 """Which KV heads need everything: windows against their naive twin, planted heads, decoys that need nothing."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import FAMILIES
 from traces import traces
 
+from headwise import shares
 from headwise.anatomy import anatomy
 from headwise.attach import caching
 from headwise.cache import Duo
@@ -115,6 +118,26 @@ def test_answers_under_several_choices_equal_hidden_keys(name, whole):
                 with hidden_keys(model, choice, WINDOW, width, start=start):
                     naive = logprob(answer_logits(model, one), one)
                 assert float(got.logprob[i, row]) == pytest.approx(float(naive), abs=2e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", DECODERS)
+def test_choices_begin_at_the_first_layer_they_change(name, whole, monkeypatch):
+    """Against the same without it; what the first block runs is counted."""
+    model, batch = make(name)
+    before = traces(model)
+    deep = [unit for unit in kv_heads(model) if not unit.startswith("L0.")]
+    choices, runs = [(), *([unit] for unit in deep * 8)], []
+    inside = next(anatomy(model).blocks[""][0].children())
+    hook = inside.register_forward_hook(lambda *_: runs.append(1))
+    got = answers(model, batch, choices, WINDOW, whole=whole, at_once=2)
+    begun = len(runs)
+    monkeypatch.setattr(shares, "_beginnings", lambda *_: lambda *_: nullcontext())
+    want = answers(model, batch, choices, WINDOW, whole=whole, at_once=2)
+    hook.remove()
+    assert begun < (len(runs) - begun) / 2
+    torch.testing.assert_close(got.logprob, want.logprob, rtol=0, atol=2e-5)
+    assert traces(model) == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3_next"])

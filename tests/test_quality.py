@@ -16,8 +16,9 @@ from headwise.data.passkeys import Passkeys
 from headwise.data.planted import Planted
 from headwise.data.repeated_tokens import RepeatedTokens
 from headwise.data.verbatim import Verbatim
+from headwise.kv_cache import KVCache, kv_units
 from headwise.quality import TASKS, Quality, compare
-from headwise.recall import bytes_of, perplexity, retrieval
+from headwise.recall import bytes_of, perplexities, perplexity, retrieval, retrievals
 from headwise.task import answer_logits, with_needle
 
 
@@ -150,6 +151,46 @@ def test_what_is_known_beforehand_is_read_in_few_passes_and_gives_the_same(name,
     torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(found.tokens, other.tokens) and torch.equal(found.bytes, other.bytes)
     torch.testing.assert_close(lost, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3", "qwen3_next"])
+def test_several_caches_read_what_is_alike_once_and_answer_as_alone(family, whole, monkeypatch):
+    model, tokenizer = FAMILIES[family].build(), _bytes()
+    model.resize_token_embeddings(len(tokenizer))
+    batch = KeyValues(length=300, pairs=4, asked=2, digits=3).make(tokenizer, 2, 0)
+    units = kv_units(model)
+    shuffled = {unit: Duo(4, 24, whole=whole) if i % 2 else Preallocated() for i, unit in enumerate(units)}
+    caches = {
+        "own": None,
+        "duo": lambda: Duo(4, 24, whole=whole).build(model),
+        "some": lambda: KVCache(model, shuffled),
+        "wide": lambda: Duo(4, 60, whole=whole).build(model, units[:1]),
+        "snapkv": lambda: SnapKV(8, 60).build(model),
+        "theirs": lambda: DynamicCache(config=model.config),
+    }
+    read, passes = recall._Past.read, []
+
+    def watched(past, ids, columns):
+        passes.append(len(ids))
+        return read(past, ids, columns)
+
+    monkeypatch.setattr(recall._Past, "read", watched)
+    answers, text = retrievals(model, tokenizer, batch, caches, forced=True), batch.ids[:2, :200]
+    losses = perplexities(model, text, caches)
+    together = sum(passes)
+    passes.clear()
+    for name, cache in caches.items():
+        alone = retrieval(model, tokenizer, batch, cache, forced=True)
+        assert torch.equal(answers[name].tokens, alone.tokens) and torch.equal(answers[name].bytes, alone.bytes)
+        torch.testing.assert_close(losses[name], perplexity(model, text, cache), atol=1e-5, rtol=1e-5)
+    contexts = [int(start) for start in batch.spans["question"][:, 0] - (batch.inputs["attention_mask"] == 0).sum(1)]
+    alike = sum(contexts) + 2 * 100 if whole else 4 * 28
+    assert sum(passes) - together == (3 * alike if family in ("llama", "gpt_neox") else 0)
+    # In chunks every cache reads for itself.
+    passes.clear()
+    retrievals(model, tokenizer, batch, caches, 50, forced=True)
+    assert sum(passes) > 6 * sum(contexts)
 
 
 def test_greedy_answers_are_those_of_generate(tiny):

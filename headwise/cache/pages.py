@@ -94,6 +94,15 @@ class Paged(Full):
         self.kept.append(k, v)
         return torch.cat([self._one(q[:, :, i : i + 1], turn.past + i, turn) for i in range(length)], 2)
 
+    def openings(self, length: int) -> range:
+        """All of a prompt, which reads everything; of a shorter turn it is not known what it would choose."""
+        return range(length, length + 1) if length > self.method.single else range(0)
+
+    def remember(self, k: Tensor, v: Tensor, turn: Turn) -> None:
+        """Write them behind what is there, and their bounds."""
+        self.bounds.take(k, turn.past, turn.pads)
+        super().remember(k, v, turn)
+
     def _one(self, q: Tensor, column: int, turn: Turn) -> Tensor:
         """What one token reads: q [B, H*G, 1, d] -> z."""
         first, page = self.bounds.first[:, None, None], self.method.page

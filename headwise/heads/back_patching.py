@@ -15,12 +15,10 @@ from transformers import PreTrainedModel
 
 from headwise.anatomy import anatomy
 from headwise.direct import predicts
-from headwise.listen import Place, listen
 from headwise.method import HeadMethod
 from headwise.progress import hidden
-from headwise.scan import noting_tuples, skipping
+from headwise.scan import noting_tuples, starting
 from headwise.score import Score
-from headwise.site import Site
 from headwise.tap import tap
 from headwise.task import Batch, answer_logits, metric
 
@@ -101,10 +99,7 @@ class BackPatching(HeadMethod):
         """[K, B] the metric of runs that begin at a layer with the given states."""
         many = batch.take(torch.arange(len(batch)).repeat(len(start) // len(batch)))
 
-        def begin(value: Tensor, _: Place) -> Tensor:
-            return start.to(value.dtype)
-
-        with skipping(anatomy(model), target, tuples), listen(model, [(Site(target, "resid_pre"), begin)]):
+        with starting(model, target, start, tuples):
             logits = answer_logits(model, many)
         if self.metric == "correct":
             value = (logits.argmax(-1) == many.answer).all(-1).float()
