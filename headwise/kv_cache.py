@@ -265,14 +265,17 @@ class KVCache(Cache):
         super().__init__(layers=layers)
 
     def take(self, model: PreTrainedModel, other: DynamicCache) -> None:
-        """Keep of another cache what this one would have kept had the same context been read through it in one pass.
-
-        Rows must have no padding, and all layers full attention.
+        """Keep of a cache that keeps everything of rows without padding what this one would have kept of them.
 
         Raises:
-            ValueError: this cache holds tokens already, or a method's choice looks at queries.
+            ValueError: this cache holds tokens already, or it would have read the context otherwise (see `openings`).
         """
-        body = anatomy(model)
+        body, length = anatomy(model), other.get_seq_length()
+        if length not in self.openings(length):
+            raise ValueError(
+                f"This cache would have read these {length} tokens otherwise: some of its heads see less than all, or "
+                "choose by queries. Read the text through it."
+            )
         for layer, own in zip(self.layers, other.layers, strict=True):
             layer.take(own.keys, own.values, body.heads(layer.number) // own.keys.shape[1])
 
@@ -280,8 +283,8 @@ class KVCache(Cache):
         """How many first tokens of a context of `length`, read at once, may come by `take`, and all is as if read."""
         found = [range(length + 1)]
         for layer in self.layers:
-            stores = [one.store() for one in dict.fromkeys(layer.methods)] if isinstance(layer, KVLayer) else []
-            found += [store.openings(length) for store in stores] or [range(0)]
+            methods = dict.fromkeys(layer.methods) if isinstance(layer, KVLayer) else ()
+            found += [one.store().openings(length) for one in methods] or [range(0)]
         return range(max(one.start for one in found), min(one.stop for one in found))
 
     def tensors(self) -> Iterator[Tensor]:
@@ -345,8 +348,7 @@ def _of_groups(q: Tensor, kv: "slice | Tensor", groups: int) -> Tensor:
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    return sum(storages.values())
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:

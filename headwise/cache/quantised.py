@@ -64,6 +64,10 @@ class _Coded(Store):
         """What the store inside says."""
         return self.inner.one_by_one
 
+    def openings(self, length: int) -> range:
+        """All of a prompt at most, as its keys are coded once it has been read."""
+        return range(length, length + 1) if length in self.inner.openings(length) else range(0)
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """What the store inside gives."""
         if k.shape[3] % 2 or v.shape[3] % 2:

@@ -76,6 +76,10 @@ class _Compensated(Store):
         """What the method says."""
         return self.single
 
+    def openings(self, length: int) -> range:
+        """All of a prompt: only behind it is anything dropped."""
+        return range(length, length + 1)
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
         """Queries see all that was kept and the new tokens up to their own; then what is too old is dropped."""
         turn.plain("RazorAttention")
