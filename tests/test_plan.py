@@ -306,7 +306,7 @@ def test_choices_that_cannot_win_are_stopped_and_no_other_wins(chatty, monkeypat
     class Bar:
         """What a progress bar is told."""
 
-        def __init__(self, iterable=None, total=0, **_):
+        def __init__(self, total, **_):
             self.total = total
 
         def __enter__(self):
