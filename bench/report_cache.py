@@ -9,6 +9,9 @@ from goals import goal, least
 MAKERS = {"amd": "an AMD processor", "intel": "an Intel processor", "other": "another processor"}
 QUICK, ALONE, BY_PYTORCH = ", quick products", ", the model's products", ", read by PyTorch"
 
+# Rankings that change nothing in the model.
+WATCHING = ("retrieval", "razor_induction", "reach")
+
 LEFT = (
     "PyTorch's own products read the weights at full speed here, so `attach` leaves them, and peers and ours multiply "
     "by the same kernels."
@@ -22,6 +25,7 @@ def caches(load: Callable[[str], dict | None], circumstances: Callable[[dict], s
         _memory(load("cache_memory"), circumstances),
         _same(load("cache_same"), circumstances),
         _plan(load("cache_plan"), circumstances),
+        _rankings(load("cache_rankings"), circumstances),
         _answers(load("cache_quality"), circumstances),
     ]
     made = [part for part in parts if part]
@@ -169,6 +173,38 @@ def _plan(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         f"{found['trial']['says']} {found['trial']['rule']}"
     )
     return "\n\n".join(["### A plan and its trial", about, "\n".join(lines), circumstances(found)])
+
+
+def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
+    if found is None:
+        return ""
+    recipe, seeds = "DuoAttention's recipe", ", ".join(map(str, found["seeds"]))
+    lines = [
+        f"| full heads chosen by | seconds | answers kept, seeds {seeds} | right | nats lost |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        time = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        kept = ", ".join(f"{one:.0%}" for one in row["kept"])
+        lines.append(f"| {name} | {time} | {kept} | {row['answers']} | {statistics.mean(row['loss']):+.3f} |")
+    seconds = {name: row["seconds"] for name, row in found["rows"].items() if row["seconds"] is not None}
+    kept = {name: statistics.mean(row["kept"]) for name, row in found["rows"].items()}
+    least_time = min(seconds[name] for name in seconds if kept[name] >= kept[recipe])
+    watching = sum(seconds[name] for name in WATCHING)
+    alone = sum(took for name, took in seconds.items() if name != recipe and " + " not in name)
+    about = (
+        f"{found['full']} KV heads keep everything, chosen by one ranking alone, the others 64 and 256 tokens; "
+        f"{found['length']} tokens, {found['asked']} answers to prompts that chose nothing. Seconds are those of the "
+        f"scores. {recipe} is gates that act from the first token on, trained on the prompts of duo_gate in as many "
+        f"steps ({found['steps']}); duo_gate reads each context once, and its gates act behind it."
+    )
+    said = [
+        goal("Goal, all scores of a plan at most 60 seconds", alone, alone <= 60),
+        goal("Those that change nothing in the model", watching, watching <= 60),
+        least(f"Goal, as much kept as by {recipe} in a tenth of its time, times", seconds[recipe] / least_time, 10),
+    ]
+    parts = ["### What rankings cost and are worth", about, "\n".join(lines), " ".join(said), circumstances(found)]
+    return "\n\n".join(parts)
 
 
 def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:

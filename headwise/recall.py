@@ -111,9 +111,9 @@ def retrievals(
             raise ValueError(f"Row {row} has answers of {mine} tokens, the first row of {runs}; they must be the same.")
         runs = mine
         fresh = _fresh(caches)
-        begun = _begun(model, ids, start, fresh) if chunk is None else None
+        begun = _begun(model, ids, start, fresh) if chunk is None else {}
         for name in caches:
-            with _reading(model, fresh.pop(name), begun, name) as past:
+            with _reading(model, fresh.pop(name), begun.get(name)) as past:
                 said = _answer(past, ids, columns, start, chunk, forced)
                 rows[name].append((said, bytes_of(past.cache)))
             step()
@@ -186,7 +186,7 @@ def perplexities(
         fresh = _fresh(caches)
         begun = _begun(model, row, prefill, fresh)
         for name in caches:
-            with _reading(model, fresh.pop(name), begun, name) as past:
+            with _reading(model, fresh.pop(name), begun.get(name)) as past:
                 logits = [past.open(row, prefill)]
                 wide = max(chunk, min(past.most, WIDE)) if past.most >= chunk else chunk
                 for start in range(prefill, length - 1, wide):
@@ -210,32 +210,29 @@ def bytes_of(cache: "Cache") -> int:
 
 @dataclass(frozen=True)
 class _Begun:
-    """The first tokens of a text, read with everything in sight, for the caches that would read them so.
-
-    Attributes:
-        tokens: how many. logits: [1, V] behind the last. takers: names of the caches.
-    """
+    """The first tokens of a text, read with everything in sight: how many, in a cache, and the logits [1, V] behind."""
 
     tokens: int
     cache: "Cache"
     logits: Tensor
-    takers: frozenset[str]
 
 
-def _begun(model: "PreTrainedModel", ids: Tensor, length: int, fresh: "Mapping[str, Cache | None]") -> _Begun | None:
-    """As much of the first `length` ids [T] as saves most; None where no two of the caches would read any alike."""
+def _begun(
+    model: "PreTrainedModel", ids: Tensor, length: int, fresh: "Mapping[str, Cache | None]"
+) -> dict[str, _Begun]:
+    """As much of the first `length` ids [T] as saves most, for each cache that would read it so; for two or none."""
     if not any(isinstance(cache, KVCache) for cache in fresh.values()):
-        return None
+        return {}
     # The model's own cache keeps everything.
     asked = {name: KVCache(model, {}) if cache is None else cache for name, cache in fresh.items()}
     ranges = {name: cache.openings(length) for name, cache in asked.items() if isinstance(cache, KVCache)}
-    takers = {one[-1]: frozenset(name for name in ranges if one[-1] in ranges[name]) for one in ranges.values() if one}
+    takers = {one[-1]: [name for name in ranges if one[-1] in ranges[name]] for one in ranges.values() if one}
     tokens = max(takers, key=lambda n: n * (len(takers[n]) - 1), default=0)
     if not tokens or len(takers[tokens]) < 2:
-        return None
+        return {}
     with _reading(model, None) as past:
         logits = past.open(ids, tokens)
-    return _Begun(tokens, past.cache, logits, takers[tokens])
+    return dict.fromkeys(takers[tokens], _Begun(tokens, past.cache, logits))
 
 
 class _Past:
@@ -285,15 +282,13 @@ def _fresh(caches: "Mapping[str, MakeCache]") -> "dict[str, Cache | None]":
 
 
 @contextmanager
-def _reading(
-    model: "PreTrainedModel", cache: "Cache | None", begun: _Begun | None = None, name: str = ""
-) -> Iterator[_Past]:
-    """Reading through a cache, from what has `begun` if its name is among the takers; attention is led to it."""
+def _reading(model: "PreTrainedModel", cache: "Cache | None", begun: _Begun | None = None) -> Iterator[_Past]:
+    """Reading through a fresh cache, behind what was begun; attention is led to it where it is one of headwise."""
     was = model.training
     with caching(model) if isinstance(cache, KVCache) else nullcontext(), torch.no_grad():
         model.eval()
         try:
-            yield _Past(model, cache, begun if begun is not None and name in begun.takers else None)
+            yield _Past(model, cache, begun)
         finally:
             model.train(was)
 
