@@ -154,7 +154,7 @@ def test_what_is_known_beforehand_is_read_in_few_passes_and_gives_the_same(name,
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3"])
 def test_several_caches_read_what_is_alike_once_and_answer_as_alone(family, whole, monkeypatch):
     model, tokenizer = FAMILIES[family].build(), _bytes()
     model.resize_token_embeddings(len(tokenizer))
