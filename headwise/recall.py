@@ -80,8 +80,7 @@ def retrieval(
     Raises:
         ValueError: a chunk below 1, a cache that is not fresh, or rows whose answers are split differently.
     """
-    options: dict = {"forced": forced, "apart": apart, "step": step}
-    return retrievals(model, tokenizer, batch, {"": cache}, chunk, **options)[""]
+    return retrievals(model, tokenizer, batch, {"": cache}, chunk, forced=forced, apart=apart, step=step)[""]
 
 
 def retrievals(
@@ -96,6 +95,8 @@ def retrievals(
     step: Callable[[], object] = tuple,
 ) -> dict[str, Answers]:
     """`retrieval` through several caches; what they read alike at the start of a prompt is read once.
+
+    `step` is called after each prompt of each cache.
 
     Raises:
         ValueError: as `retrieval`.
@@ -300,7 +301,8 @@ def _answer(past: _Past, ids: Tensor, columns: list[int], start: int, chunk: int
     begin, waiting = start, columns[len(said) :]
     while waiting:
         count = 1
-        while forced and count < len(waiting) and waiting[count] + 1 - begin <= past.most:
+        # The last as it would come alone: a sliding layer holds on to all that its last pass was cut from.
+        while forced and count < len(waiting) - 1 and waiting[count] + 1 - begin <= past.most:
             count += 1
         here, waiting = waiting[:count], waiting[count:]
         fresh = ids[begin : here[-1] + 1].clone()

@@ -241,15 +241,7 @@ class _Runner:
 
     def agrees(self, base: Tensor) -> bool:
         """Whether starting from the deepest cached residual gives the metric of the full run."""
-        layer = max(self.prefix)
-        try:
-            again = self._measure(1, [], layer)[0]
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as problem:
-            log.debug("starting from layer %d failed: %s", layer, problem)
-            return False
-        return bool(
-            torch.allclose(again, base.cpu(), rtol=1e-3, atol=1e-3 if self.model.dtype == torch.float32 else 5e-2)
-        )
+        return starts(lambda: self._measure(1, [], max(self.prefix))[0], base.cpu(), self.model.dtype)
 
     def __call__(self, sites: list[Site], new: Tensor | None, wide: list[int]) -> list[Tensor]:
         """The metric [B] of each variant: `wide` heads from that variant's site on replaced by `new` (None: zero)."""
@@ -320,6 +312,16 @@ def starting(model: PreTrainedModel, layer: int, value: Tensor, tuples: set[int]
     site = Site(layer, "resid_pre")
     with skipping(anatomy(model), layer, tuples), listen(model, [(site, lambda given, _: value.to(given.dtype))]):
         yield
+
+
+def starts(run: Callable[[], Tensor], whole: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a run that begins in the middle gives what the whole run gave; some models cannot be begun there."""
+    try:
+        again = run()
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as problem:
+        log.debug("starting from a middle layer failed: %s", problem)
+        return False
+    return torch.allclose(again, whole, rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 5e-2)
 
 
 def _restore(block: nn.Module, forward: object) -> None:

@@ -5,7 +5,6 @@ streaming heads side by side as rows of one batch.
 """
 
 import copy
-import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,13 +19,11 @@ from headwise.anatomy import Anatomy, anatomy
 from headwise.matmul import fast_matmul
 from headwise.narrow import Window, alone, checked, narrowed
 from headwise.progress import hidden
-from headwise.scan import noting_tuples, starting
+from headwise.scan import noting_tuples, starting, starts
 from headwise.score import Score
 from headwise.site import Site, Unit
 from headwise.tap import tap
 from headwise.task import Batch, answer_logits, logprob
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,14 +140,11 @@ def _beginnings(
             return nullcontext()
         return starting(model, layers[0], t[Site(layers[0], "resid_pre")].repeat(copies, 1, 1), tuples)
 
-    try:
+    def again() -> Tensor:
         with begin([max(first)], 1):
-            again = answer_logits(model, prompt.one, prompt.inputs())
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as problem:
-        log.debug("starting from layer %d failed: %s", max(first), problem)
-        return lambda *_: nullcontext()
-    least = 1e-3 if model.dtype == torch.float32 else 5e-2
-    return begin if torch.allclose(again, logits, rtol=least, atol=least) else lambda *_: nullcontext()
+            return answer_logits(model, prompt.one, prompt.inputs())
+
+    return begin if starts(again, logits, model.dtype) else lambda *_: nullcontext()
 
 
 def _mixing(streams: dict[int, Tensor]) -> Callable[[int, Tensor, Callable[[], Tensor]], Tensor]:

@@ -120,10 +120,13 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_what_is_known_beforehand_is_read_in_few_passes_and_gives_the_same(name, monkeypatch, codes):
+CASES = [*(("llama", name) for name in POLICIES), ("gemma2", "own"), ("gemma3", "own"), ("gemma3", "streaming")]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_what_is_known_beforehand_is_read_in_few_passes_and_gives_the_same(family, name, monkeypatch, codes):
     policy, most = POLICIES[name]
-    model, tokenizer = FAMILIES["llama"].build(), _bytes()
+    model, tokenizer = FAMILIES[family].build(), _bytes()
     model.resize_token_embeddings(len(tokenizer))
     batch = KeyValues(length=300, pairs=4, asked=3, digits=3).make(tokenizer, 2, 0)
     cache = None if policy is None else lambda: policy.build(model)

@@ -19,7 +19,7 @@ from headwise.direct import predicts
 from headwise.listen import Place, listen
 from headwise.method import HeadMethod
 from headwise.progress import hidden
-from headwise.scan import noting_tuples, skipping
+from headwise.scan import noting_tuples, starting
 from headwise.score import Score
 from headwise.site import Site
 from headwise.tap import tap
@@ -100,9 +100,8 @@ class ActivationPatching(HeadMethod):
                 change = _put(own, few, heads=self.site == "z")
                 if self.site == "resid_pre":
                     begin = change(begin, None)
-                handlers = [(Site(n, "resid_pre"), lambda value, _, new=begin: new.to(value.dtype))]
-                handlers += [] if self.site == "resid_pre" else [(Site(n, self.site), change)]
-                with skipping(body, n, tuples), listen(model, handlers):
+                handlers = [] if self.site == "resid_pre" else [(Site(n, self.site), change)]
+                with starting(model, n, begin, tuples), listen(model, handlers):
                     gained = measure(answer_logits(model, rows), rows).view(len(few), -1) - base
                 values[[i for i, _ in few], [c for _, c in few]] = gained.float().cpu()
             found += [(f"L{n}.H{i}" if self.site == "z" else f"L{n}", values[i]) for i in range(many)]
