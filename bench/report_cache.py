@@ -9,9 +9,6 @@ from goals import goal, least
 MAKERS = {"amd": "an AMD processor", "intel": "an Intel processor", "other": "another processor"}
 QUICK, ALONE, BY_PYTORCH = ", quick products", ", the model's products", ", read by PyTorch"
 
-# Rankings that change nothing in the model.
-WATCHING = ("retrieval", "razor_induction", "reach")
-
 LEFT = (
     "PyTorch's own products read the weights at full speed here, so `attach` leaves them, and peers and ours multiply "
     "by the same kernels."
@@ -178,33 +175,39 @@ def _plan(found: dict | None, circumstances: Callable[[dict], str]) -> str:
 def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
-    recipe, seeds = "DuoAttention's recipe", ", ".join(map(str, found["seeds"]))
+    recipe, seconds, budgets = "DuoAttention's recipe", found["seconds"], found["budgets"]
     lines = [
-        f"| full heads chosen by | seconds | answers kept, seeds {seeds} | right | nats lost |",
-        "| --- | --- | --- | --- | --- |",
+        f"| full heads chosen by | seconds | {' | '.join(_budget(one, found['seeds']) for one in budgets)} |",
+        "| --- " * (2 + len(budgets)) + "|",
     ]
-    for name, row in found["rows"].items():
-        time = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        kept = ", ".join(f"{one:.0%}" for one in row["kept"])
-        lines.append(f"| {name} | {time} | {kept} | {row['answers']} | {statistics.mean(row['loss']):+.3f} |")
-    seconds = {name: row["seconds"] for name, row in found["rows"].items() if row["seconds"] is not None}
-    kept = {name: statistics.mean(row["kept"]) for name, row in found["rows"].items()}
-    least_time = min(seconds[name] for name in seconds if kept[name] >= kept[recipe])
-    watching = sum(seconds[name] for name in WATCHING)
-    alone = sum(took for name, took in seconds.items() if name != recipe and " + " not in name)
+    for name in budgets[0]["rows"]:
+        time = f"{seconds[name]:.0f}" if name in seconds else ""
+        lines.append(f"| {name} | {time} | {' | '.join(_worth(one['rows'][name]) for one in budgets)} |")
+    usual = sum(seconds[name] for name in found["usual"])
+    asked = " and ".join(str(one["asked"]) for one in budgets)
     about = (
-        f"{found['full']} KV heads keep everything, chosen by one ranking alone, the others 64 and 256 tokens; "
-        f"{found['length']} tokens, {found['asked']} answers to prompts that chose nothing. Seconds are those of the "
-        f"scores. {recipe} is gates that act from the first token on, trained on the prompts of duo_gate in as many "
-        f"steps ({found['steps']}); duo_gate reads each context once, and its gates act behind it."
+        f"The first KV heads of a ranking keep everything, the others 64 and 256 tokens; {found['length']} tokens, "
+        f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Seconds are "
+        f"those of the scores; a plan takes {' and '.join(found['usual'])} unless told otherwise. {recipe} is gates "
+        f"that act from the first token on, trained on the prompts of duo_gate in as many steps ({found['steps']}); "
+        "duo_gate reads each context once, and its gates act behind it."
     )
-    said = [
-        goal("Goal, all scores of a plan at most 60 seconds", alone, alone <= 60),
-        goal("Those that change nothing in the model", watching, watching <= 60),
-        least(f"Goal, as much kept as by {recipe} in a tenth of its time, times", seconds[recipe] / least_time, 10),
-    ]
+    said = [goal("Goal, scores of a plan at most 60 seconds", usual, usual <= 60)]
+    for one in budgets:
+        kept = {name: statistics.mean(row["kept"]) for name, row in one["rows"].items()}
+        quickest = min((name for name in seconds if kept[name] >= kept[recipe]), key=seconds.__getitem__)
+        what = f"Goal, as much kept as by {recipe} with {one['full']} heads full in a tenth of its time ({quickest})"
+        said.append(least(what, seconds[recipe] / seconds[quickest], 10))
     parts = ["### What rankings cost and are worth", about, "\n".join(lines), " ".join(said), circumstances(found)]
     return "\n\n".join(parts)
+
+
+def _budget(one: dict, seeds: list[int]) -> str:
+    return f"answers kept, {one['full']} heads full, seeds {', '.join(map(str, seeds))}; loss"
+
+
+def _worth(row: dict) -> str:
+    return f"{', '.join(f'{one:.0%}' for one in row['kept'])}; {statistics.mean(row['loss']):+.3f}"
 
 
 def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:

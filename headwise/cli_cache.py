@@ -37,7 +37,10 @@ def plan_command(
     ] = None,
     ranking: Annotated[
         list[str] | None,
-        typer.Option(help="Rank heads by this only: retrieval, razor_induction, duo_gate, need or reach."),
+        typer.Option(
+            help="Rank heads by this: duo_gate, reach, razor_induction, retrieval or need. May be repeated. "
+            "[default: duo_gate and reach]"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="File. [default: plans/<bytes>.json in the atlas]")
@@ -51,7 +54,7 @@ def plan_command(
     """Decide which KV heads keep a full cache, and let a test on the model accept or reject it."""
     with sentences():
         from headwise.plan import named_method
-        from headwise.planning import Making, make_plan
+        from headwise.planning import USUAL, Making, make_plan
         from headwise.view.report import write
 
         making = Making(
@@ -59,7 +62,7 @@ def plan_command(
             at=at,
             test_at=test_at,
             then=named_method(then),
-            rankings=tuple(ranking) if ranking else None,
+            rankings=tuple(ranking) if ranking else USUAL,
             seed=seed,
             thorough=thorough,
         )

@@ -1,6 +1,6 @@
 """Making a plan: rank the KV heads, choose by what a few prompts keep, and let a test on other prompts decide.
 
-1. Rankings: every score that says which heads fetch things from far back, on KV heads.
+1. Rankings: scores that say which KV heads fetch things from far back, and the sum of their ranks.
 2. Choice: for each ranking a cache of the wanted size answers dev prompts; for the best ranking, so does one for each
    further way of treating the other heads.
 3. Trial: on prompts that nothing was chosen by, the full cache, the plan, random heads and streaming of equal bytes.
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 
 # Method, its fields, its task, the task's fields, prompts. What each needs is small, so that a plan takes minutes.
 RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
-    "retrieval": ({}, "needle", {"length": 500}, 9),
-    "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
-    "duo_gate": ({}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16),
-    "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 6),
+    "duo_gate": ({"steps": 50, "lr": 0.1}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16),
     "reach": ({}, "held_out", {"length": 512}, 8),
+    "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
+    "retrieval": ({}, "needle", {"length": 500}, 9),
+    "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 6),
 }
-# Gates see what two heads do alike, need what is lost at once, reach what looks far back anyway; on prompts that chose
-# nothing the sum of the three ranks held better than any of them, and than gates and need alone (docs/LOG.md).
-TOGETHER = ("duo_gate", "need", "reach")
+# Gates see what two heads do alike, reach what looks far back anyway. Measured need is left out: it does not see what
+# two heads do alike, and where few heads are full the sum of ranks keeps more without it (docs/LOG.md).
+USUAL = ("duo_gate", "reach")
 KEEP, LOSS = 0.95, 0.05
 # Prompts of each task by which heads are chosen.
 DEV = 4
@@ -62,7 +62,7 @@ class Making:
         at: tokens for which the bytes are counted.
         test_at: tokens of the prompts of choice and trial.
         then: what a chosen head gets; rest: what the others may get; rankings are compared with the first.
-        rankings: names of scores to choose by; None for all of RANKINGS.
+        rankings: scores to choose by, names of RANKINGS: the sum of their ranks, and each alone.
         thorough: more prompts in the trial.
     """
 
@@ -71,7 +71,7 @@ class Making:
     test_at: int = 1024
     then: CacheMethod = field(default_factory=lambda: named_method("preallocated"))
     rest: Sequence[CacheMethod] = field(default_factory=lambda: (named_method("duo"), named_method("duo:whole=true")))
-    rankings: tuple[str, ...] | None = None
+    rankings: tuple[str, ...] = USUAL
     seed: int = 0
     thorough: bool = False
 
@@ -84,7 +84,9 @@ class Making:
             raise ValueError(
                 f"at is {self.at} and test_at {self.test_at}; allowed are at >= 1 and test_at >= 64 tokens."
             )
-        unknown = [name for name in self.rankings or () if name not in RANKINGS]
+        if not self.rankings:
+            raise ValueError(f"No ranking was named; allowed are {', '.join(RANKINGS)}.")
+        unknown = [name for name in self.rankings if name not in RANKINGS]
         if unknown:
             raise ValueError(f"There is no ranking {unknown[0]!r}; allowed are {', '.join(RANKINGS)}.")
 
@@ -101,12 +103,12 @@ def make_plan(
         ValueError: fewer bytes than the treatment of every head takes, or no ranking could be made.
     """
     making = making or Making()
-    counts = {method: _count(model, making, method) for method in making.rest}
+    counts = {method: count_full(model, making, method) for method in making.rest}
     scores, skipped = _scores(model, tokenizer, making, atlas)
     if not scores:
         raise ValueError(f"No ranking of KV heads could be made: {' '.join(skipped.values())}")
     with fast_matmul(model):
-        best, tried = _choose(model, tokenizer, making, _orders(model, scores), counts)
+        best, tried = _choose(model, tokenizer, making, orders(model, scores), counts)
     evidence = {unit: {name: round(values[unit], 6) for name, values in scores.items()} for unit in kv_units(model)}
     about = {
         "bytes": making.bytes,
@@ -146,7 +148,7 @@ class _Choice:
         return f"{self.ranking} / {as_data(self.rest)['method']}({fields})"
 
 
-def _count(model: "PreTrainedModel", making: Making, rest: CacheMethod) -> int:
+def count_full(model: "PreTrainedModel", making: Making, rest: CacheMethod) -> int:
     """How many KV heads can be kept by `then` within the budget when the others get `rest`."""
     least, most = held_share(rest, making.at), held_share(making.then, making.at)
     if making.bytes < least:
@@ -164,34 +166,52 @@ def _scores(
     """{ranking: {KV head: value}}, and why others are left out."""
     found: dict[str, dict[str, float]] = {}
     skipped: dict[str, str] = {}
-    names = making.rankings or tuple(RANKINGS)
-    for name in tqdm(names, desc="rankings", disable=hidden(), leave=False):
-        fields, task, about, n = RANKINGS[name]
+    for name in tqdm(making.rankings, desc="rankings", disable=hidden(), leave=False):
         try:
             # Prompts of another seed than those of choice and trial.
-            maker: Any = load(f"data.{task}")(**about)
-            batch = maker.make(tokenizer, n, making.seed + 2000).to(model.device)
-            method: Any = load(f"heads.{name}")(**fields)
-            score: Score | None = atlas.made(provenance(method, model, batch)) if atlas else None
-            if score is None:
-                score = method.score(model, batch)
-                if atlas is not None:
-                    atlas.add(score)
-            found[name] = kv_values(model, score)
+            found[name] = kv_values(model, score_by(name, model, tokenizer, making.seed + 2000, atlas))
         except ValueError as problem:
             skipped[name] = str(problem)
             log.warning("ranking %s is left out: %s", name, problem)
     return found, skipped
 
 
-def _orders(model: "PreTrainedModel", scores: Mapping[str, dict[str, float]]) -> dict[str, list[str]]:
-    """{ranking: KV heads, the first to be kept first}: the sum of ranks of those that go together, then each score."""
+def score_by(
+    name: str,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    atlas: "Atlas | None" = None,
+    **fields: Any,
+) -> Score:
+    """One of the RANKINGS on prompts of its own task, from the atlas where it was made before.
+
+    Args:
+        seed: of the prompts. fields: of the method, in place of those in RANKINGS.
+
+    Raises:
+        ValueError: what the method or the task says of this model.
+    """
+    usual, task, about, n = RANKINGS[name]
+    maker: Any = load(f"data.{task}")(**about)
+    batch = maker.make(tokenizer, n, seed).to(model.device)
+    method: Any = load(f"heads.{name}")(**{**usual, **fields})
+    known = atlas.made(provenance(method, model, batch)) if atlas else None
+    if known is not None:
+        return known
+    score: Score = method.score(model, batch)
+    if atlas is not None:
+        atlas.add(score)
+    return score
+
+
+def orders(model: "PreTrainedModel", scores: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+    """{ranking: KV heads, the first to be kept first}: by the sum of the ranks of all, then by each."""
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
-    together = [name for name in TOGETHER if name in order]
-    if len(together) > 1:
-        place = {unit: sum(order[name].index(unit) for name in together) for unit in units}
-        order = {" + ".join(together): sorted(units, key=lambda unit: place[unit])} | order
+    if len(order) > 1:
+        place = {unit: sum(one.index(unit) for one in order.values()) for unit in units}
+        order = {" + ".join(order): sorted(units, key=lambda unit: place[unit])} | order
     return order
 
 
@@ -199,7 +219,7 @@ def _choose(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     making: Making,
-    orders: Mapping[str, list[str]],
+    ordered: Mapping[str, list[str]],
     counts: Mapping[CacheMethod, int],
 ) -> tuple[_Choice, list[_Choice]]:
     """The choice whose cache gets most tokens of the dev answers right, the earlier where two are equal; and all tried.
@@ -208,7 +228,7 @@ def _choose(
     One that can no longer win is not tried further. Prompts at which the first did worst come first, as they tell most.
     """
     first, *others = making.rest
-    tried = [_Choice(name, first, order[: counts[first]]) for name, order in orders.items()]
+    tried = [_Choice(name, first, order[: counts[first]]) for name, order in ordered.items()]
     best, total = tried[0], len(tried) + len(others)
     if total == 1:
         return best, tried
@@ -224,7 +244,7 @@ def _choose(
         for choice in tried[1:]:
             best = max(best, examine(choice, best.right), key=lambda one: one.right)
         for rest in others:
-            tried.append(_Choice(best.ranking, rest, orders[best.ranking][: counts[rest]]))
+            tried.append(_Choice(best.ranking, rest, ordered[best.ranking][: counts[rest]]))
             best = max(best, examine(tried[-1], best.right), key=lambda one: one.right)
     return best, tried
 

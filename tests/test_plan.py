@@ -252,9 +252,9 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
     scores = {
         name: {u: -abs(i - k) for i, u in enumerate(units)} for k, name in enumerate(("need", "duo_gate", "echo"))
     }
-    orders = planning._orders(model, scores)
-    assert list(orders) == ["duo_gate + need", "need", "duo_gate", "echo"]
-    assert orders["need"] == units and orders["duo_gate + need"][:2] == units[:2]
+    orders = planning.orders(model, scores)
+    assert list(orders) == ["need + duo_gate + echo", "need", "duo_gate", "echo"]
+    assert orders["need"] == units and orders["need + duo_gate + echo"] == [units[i] for i in (1, 0, 2, 3)]
     worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
 
     def examine(_model, _tokenizer, _making, choice, exam, *_):
@@ -344,9 +344,8 @@ def test_a_plan_is_made_tried_and_refused_where_nothing_can_be_told(chatty, monk
         "retrieval": ({}, "needle", {"length": 120}, 2),
     }
     monkeypatch.setattr(planning, "RANKINGS", cheap)
-    monkeypatch.setattr(planning, "TOGETHER", ())
     rest = (Duo(4, 16), Duo(4, 16, whole=True))
-    making = planning.Making(bytes=0.6, at=1024, test_at=256, rest=rest)
+    making = planning.Making(bytes=0.6, at=1024, test_at=256, rest=rest, rankings=("duo_gate", "retrieval"))
     atlas = Atlas.of(model, tmp_path / "atlas", tokenizer)
     plan = planning.make_plan(model, tokenizer, making, atlas)
     assert plan.count() == {"rest": 2, "full": 2}
@@ -375,3 +374,5 @@ def test_fewer_bytes_than_the_window_takes(chatty):
         planning.Making(bytes=1.5)
     with pytest.raises(ValueError, match="There is no ranking 'gates'"):
         planning.Making(rankings=("gates",))
+    with pytest.raises(ValueError, match="No ranking was named"):
+        planning.Making(rankings=())

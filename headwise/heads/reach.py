@@ -71,7 +71,7 @@ class Reach(HeadMethod):
             return (rotate(x.float(), -places[:, None]) * weights).sum(2)
 
         with torch.no_grad(), tap(model, "q", "k", reduce=mean) as t:
-            model(**batch.inputs)
+            model.base_model(**batch.inputs)
         body, back = anatomy(model), torch.arange(self.tokens - 1, -1, -1, device=batch.ids.device)
         areas = {}
         for layer, k in t.by_layer("k").items():
