@@ -206,10 +206,10 @@ def answers(plan_file: str, length: int, thorough: bool) -> None:
 
 
 def measured(plan: Plan, length: int) -> dict:
-    """The answers that were measured last, where they are of this plan and length; else nothing."""
+    """The answers that were measured last, where they are of these full heads and this length; else nothing."""
     file = race.RESULTS / "cache_quality.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return found if (found.get("plan"), found.get("length")) == (plan.count(), length) else {}
+    return found if (found.get("heads"), found.get("length")) == (plan.heads, length) else {}
 
 
 def peers(plan_file: str, length: int, thorough: bool) -> None:
