@@ -65,18 +65,19 @@ def main() -> None:
     model, tokenizer = open_model()
     facts = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
     scores, seconds = scored(model, tokenizer)
-    orders = {}
-    for names in (planning.USUAL, (*planning.USUAL, "need")):
-        some = planning.orders(model, {name: scores[name] for name in names})
-        together = next(iter(some))
-        orders[together] = some[together]
-        seconds[together] = sum(seconds[name] for name in names)
+    orders = planning.orders(model, {name: scores[name] for name in planning.USUAL})
+    seconds |= {name: sum(seconds[one] for one in name.split(" + ")) for name in orders if " + " in name}
     units = kv_units(model)
     orders |= {name: sorted(units, key=lambda unit: -one[unit]) for name, one in scores.items()}
     with fast_matmul(model):
         budgets = [kept(model, tokenizer, orders, share, given.length, given.seeds) for share in given.bytes]
-    told = {"length": given.length, "seeds": given.seeds, "steps": planning.RANKINGS["duo_gate"][0]["steps"]}
-    race.save("cache_rankings", {**facts, **told, "usual": planning.USUAL, "seconds": seconds, "budgets": budgets})
+    told = {
+        "length": given.length,
+        "seeds": given.seeds,
+        "steps": planning.RANKINGS["duo_gate"][0]["steps"],
+        "prompts": {name: n for name, (*_, n) in planning.RANKINGS.items()},
+    }
+    race.save("cache_rankings", {**facts, **told, "seconds": seconds, "budgets": budgets})
 
 
 if __name__ == "__main__":

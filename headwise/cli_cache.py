@@ -39,7 +39,7 @@ def plan_command(
         list[str] | None,
         typer.Option(
             help="Rank heads by this: duo_gate, reach, razor_induction, retrieval or need. May be repeated. "
-            "[default: duo_gate and reach]"
+            "[default: duo_gate, reach and need]"
         ),
     ] = None,
     out: Annotated[

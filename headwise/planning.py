@@ -39,11 +39,11 @@ RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
     "reach": ({}, "held_out", {"length": 512}, 8),
     "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
     "retrieval": ({}, "needle", {"length": 500}, 9),
-    "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 6),
+    "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 2),
 }
-# Gates see what two heads do alike, reach what looks far back anyway. Measured need is left out: it does not see what
-# two heads do alike, and where few heads are full the sum of ranks keeps more without it (docs/LOG.md).
-USUAL = ("duo_gate", "reach")
+# Gates see what two heads do alike, reach what looks far back anyway; need, what is lost at once. With many full heads
+# the three together keep most, with few the first two: need puts heads that are alike last (docs/LOG.md).
+USUAL = ("duo_gate", "reach", "need")
 KEEP, LOSS = 0.95, 0.05
 # Prompts of each task by which heads are chosen.
 DEV = 4
@@ -62,7 +62,8 @@ class Making:
         at: tokens for which the bytes are counted.
         test_at: tokens of the prompts of choice and trial.
         then: what a chosen head gets; rest: what the others may get; rankings are compared with the first.
-        rankings: scores to choose by, names of RANKINGS: the sum of their ranks, and each alone.
+        rankings: scores to choose by, names of RANKINGS: the sum of their ranks, that of all but the last, and so on to
+            that of the first two, and each alone.
         thorough: more prompts in the trial.
     """
 
@@ -206,13 +207,16 @@ def score_by(
 
 
 def orders(model: "PreTrainedModel", scores: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
-    """{ranking: KV heads, the first to be kept first}: by the sum of the ranks of all, then by each."""
+    """{ranking: KV heads, the first to be kept first}: by the sum of all ranks, of all but the last, ..., by each."""
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
-    if len(order) > 1:
-        place = {unit: sum(one.index(unit) for one in order.values()) for unit in units}
-        order = {" + ".join(order): sorted(units, key=lambda unit: place[unit])} | order
-    return order
+    place = {name: {unit: i for i, unit in enumerate(one)} for name, one in order.items()}
+    sums = {}
+    for count in range(len(order), 1, -1):
+        names = list(order)[:count]
+        total = {unit: sum(place[name][unit] for name in names) for unit in units}
+        sums[" + ".join(names)] = sorted(units, key=total.__getitem__)
+    return sums | order
 
 
 def _choose(

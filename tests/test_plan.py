@@ -253,8 +253,9 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
         name: {u: -abs(i - k) for i, u in enumerate(units)} for k, name in enumerate(("need", "duo_gate", "echo"))
     }
     orders = planning.orders(model, scores)
-    assert list(orders) == ["need + duo_gate + echo", "need", "duo_gate", "echo"]
+    assert list(orders) == ["need + duo_gate + echo", "need + duo_gate", "need", "duo_gate", "echo"]
     assert orders["need"] == units and orders["need + duo_gate + echo"] == [units[i] for i in (1, 0, 2, 3)]
+    assert orders["need + duo_gate"] == units
     worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
 
     def examine(_model, _tokenizer, _making, choice, exam, *_):

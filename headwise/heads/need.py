@@ -7,7 +7,7 @@ them. Here it is measured, one KV head at a time.
 On SmolLM2-135M-Instruct (6 needles, 6 passkeys of two and 6 keys of four, 500 tokens each, averaged) 16 of 90 KV heads
 are worth more than 0.01 nats: L18.G2 1.10, L23.G0 0.16, L8.G0 0.13, L23.G2 0.09. Below them the order is noise, and the
 task counts: rank correlations between tasks are 0.1 to 0.5, so several should be averaged. What two heads do alike is
-not needed of either alone, but gates see it: caches are better planned without this score (docs/LOG.md).
+not needed of either alone, but gates see it: with few full heads caches are better planned without (docs/LOG.md).
 """
 
 from dataclasses import dataclass
