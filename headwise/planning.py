@@ -1,6 +1,6 @@
 """Making a plan: rank the KV heads, choose by what a few prompts keep, and let a test on other prompts decide.
 
-1. Rankings: scores that say which KV heads fetch things from far back, and the sum of their ranks.
+1. Rankings: scores that say which KV heads fetch things from far back, and sums of their ranks.
 2. Choice: for each ranking a cache of the wanted size answers dev prompts; for the best ranking, so does one for each
    further way of treating the other heads.
 3. Trial: on prompts that nothing was chosen by, the full cache, the plan, random heads and streaming of equal bytes.
@@ -167,7 +167,7 @@ def _scores(
     """{ranking: {KV head: value}}, and why others are left out."""
     found: dict[str, dict[str, float]] = {}
     skipped: dict[str, str] = {}
-    for name in tqdm(making.rankings, desc="rankings", disable=hidden(), leave=False):
+    for name in tqdm(dict.fromkeys(making.rankings), desc="rankings", disable=hidden(), leave=False):
         try:
             # Prompts of another seed than those of choice and trial.
             found[name] = kv_values(model, score_by(name, model, tokenizer, making.seed + 2000, atlas))
