@@ -1,6 +1,6 @@
 """Under sampling, drafts keep the model's distribution; rules of acceptance that are wrong are found out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -61,15 +61,16 @@ def test_sampling_keeps_the_distribution_of_the_model(kind: str) -> None:
     assert _p_value(kind) > 1e-3
 
 
-def test_the_test_of_sampling_has_power(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The last rule is wrong only half the time, and needs more draws to be seen as clearly.
-    for wrong, kind, times in (
-        (too_willing, "fixed chain", 8),
-        (draws_again, "drawn chain", 8),
-        (forgets_siblings, "drawn tree", 32),
-    ):
-        monkeypatch.setattr(accepting, "pick", wrong)
-        assert _p_value(kind, times) < 1e-6
+# The last rule is wrong only half the time, and needs more draws to be seen as clearly.
+@pytest.mark.parametrize(
+    ("wrong", "kind", "times"),
+    [(too_willing, "fixed chain", 8), (draws_again, "drawn chain", 8), (forgets_siblings, "drawn tree", 32)],
+)
+def test_the_test_of_sampling_has_power(
+    wrong: Callable[..., tuple[int, int | None]], kind: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "pick", wrong)
+    assert _p_value(kind, times) < 1e-6
 
 
 def test_a_drafter_as_good_as_the_model_is_always_believed() -> None:
