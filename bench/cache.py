@@ -3,8 +3,9 @@
 python bench/cache.py time [--lengths 2048 4096 8192]    decoding and prefill, contestants in turns in one process
 python bench/cache.py memory [--length 8192] [--runs 5]  bytes of tensors and process peak, one process a contestant
 python bench/cache.py same [--prompts 20]                tokens of the lossless cache, and with packed weights too
-python bench/cache.py plan --plan FILE [--bytes 0.4] [--length 1024]     makes a plan, timed, and writes it
-python bench/cache.py quality --plan FILE [--length N]   answers: plan, random heads, streaming, SnapKV, Ada-KV, fp8
+python bench/cache.py plan --plan FILE [--bytes 0.4] [--at 8192] [--length 1024]     makes a plan, timed, and writes it
+python bench/cache.py quality --plan FILE [--length N] [--few]
+                                                         answers: plan, random heads, streaming, SnapKV, Ada-KV, fp8
 python bench/cache.py kvpress --plan FILE [--length N]   the same prompts through kvpress, beside what quality measured
 Results go to bench/results/cache_*.json, times by the maker of the processor; bench/report.py makes docs/bench.md.
 """
@@ -165,8 +166,8 @@ def same(prompts: int) -> None:
     race.save("cache_same", {**about(), "prompts": prompts, "tokens": 64, **equal, "lengths": lengths})
 
 
-def answers(plan_file: str, length: int, thorough: bool) -> None:
-    """Answers kept by the plan and by what the field would use, at equal bytes."""
+def answers(plan_file: str, length: int, thorough: bool, few: bool) -> None:
+    """Answers kept by the plan and by what the field would use, at equal bytes. `few`: contestants of a trial only."""
     from headwise.planning import Making
     from headwise.planning import contestants as rivals
 
@@ -177,14 +178,15 @@ def answers(plan_file: str, length: int, thorough: bool) -> None:
     share = plan.share_of_bytes(length)
     room = round(share * length)
     caches: dict[str, Callable | None] = {"full": None, **rivals(model, plan, Making(test_at=length))}
-    if importlib.util.find_spec("torchao"):
-        coded = {unit: Quantised(8, method) for unit, method in plan.treatments().items()}
-        caches["plan, 8 bits"] = lambda: KVCache(model, coded, length)
-        caches["full, 8 bits"] = lambda: KVCache(model, dict.fromkeys(units, Quantised(8)), length)
-    config = model.config.get_text_config(decoder=True)
-    caches["QuantizedCache, fp8"] = lambda: QuantizedCache("fp8", config)
-    caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)), length)
-    caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)), length)
+    if not few:
+        if importlib.util.find_spec("torchao"):
+            coded = {unit: Quantised(8, method) for unit, method in plan.treatments().items()}
+            caches["plan, 8 bits"] = lambda: KVCache(model, coded, length)
+            caches["full, 8 bits"] = lambda: KVCache(model, dict.fromkeys(units, Quantised(8)), length)
+        config = model.config.get_text_config(decoder=True)
+        caches["QuantizedCache, fp8"] = lambda: QuantizedCache("fp8", config)
+        caches["SnapKV"] = lambda: KVCache(model, dict.fromkeys(units, SnapKV(capacity=room)), length)
+        caches["Ada-KV"] = lambda: KVCache(model, dict.fromkeys(units, AdaKV(capacity=room)), length)
     batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
     found = quality.compare(model, tokenizer, caches, length, 7, given=batches)
     rows = [
@@ -202,14 +204,13 @@ def answers(plan_file: str, length: int, thorough: bool) -> None:
     full = {SHORT: alone(model, tokenizer, thorough), length: found["full"].accuracy}
     result = {**about(), "plan": plan.count(), "heads": plan.heads, "length": length, "full": full, "rows": rows}
     peers_of = {name: value for name, value in measured(plan, length).items() if name in ("kvpress", "read")}
-    race.save("cache_quality", result | peers_of)
+    race.add("cache_quality", result | peers_of, by=("length",))
 
 
 def measured(plan: Plan, length: int) -> dict:
-    """The answers that were measured last, where they are of these full heads and this length; else nothing."""
-    file = race.RESULTS / "cache_quality.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    return found if (found.get("heads"), found.get("length")) == (plan.heads, length) else {}
+    """The answers that were measured last at this length, where they are of these full heads; else nothing."""
+    alike = (one for one in race.kept("cache_quality") if (one["heads"], one["length"]) == (plan.heads, length))
+    return next(alike, {})
 
 
 def peers(plan_file: str, length: int, thorough: bool) -> None:
@@ -226,7 +227,7 @@ def peers(plan_file: str, length: int, thorough: bool) -> None:
     batches = quality.prompts(tokenizer, length, 7, quick=not thorough)
     new["kvpress"] = in_kvpress(plan, tokenizer, batches, round(plan.share_of_bytes(length) * length) / length)
     new["read"] = {"texts": TEXTS, "tokens": SHORT, "when": time.strftime("%Y-%m-%d %H:%M")}
-    race.save("cache_quality", measured(plan, length) | new)
+    race.add("cache_quality", found | new, by=("length",))
 
 
 def alone(model, tokenizer, thorough: bool) -> dict[str, float]:
@@ -256,18 +257,19 @@ def parts_of(batch, row: int) -> list:
     return [ids[:start], asked]
 
 
-def planning(share: float, test_at: int, out: str) -> None:
+def planning(share: float, at: int, test_at: int, out: str) -> None:
     """How long a plan takes, causal check and trial included, and what the trial says; no score is kept from before."""
     from headwise.planning import Making, make_plan
 
     model, tokenizer = open_model()
     start, busy = time.perf_counter(), time.process_time()
-    plan = make_plan(model, tokenizer, Making(bytes=share, test_at=test_at))
+    plan = make_plan(model, tokenizer, Making(bytes=share, at=at, test_at=test_at))
     took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - busy}
     plan.save(out)
     assert plan.trial is not None
-    told = {"bytes": share, "test_at": test_at, "ranking": plan.about["ranking"], "dev": plan.about["dev"]}
-    race.save("cache_plan", {**about(), **took, **told, "trial": asdict(plan.trial), "count": plan.count()})
+    told = {"bytes": share, "at": at, "test_at": test_at, "ranking": plan.about["ranking"], "dev": plan.about["dev"]}
+    made = {**about(), **took, **told, "trial": asdict(plan.trial), "count": plan.count()}
+    race.add("cache_plan", made, by=("bytes", "at", "test_at"))
 
 
 def in_kvpress(plan: Plan, tokenizer, batches: dict, share: float) -> dict:
@@ -304,7 +306,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of memory, of each contestant")
     parser.add_argument("--plan")
     parser.add_argument("--bytes", type=float, default=0.4)
+    parser.add_argument("--at", type=int, default=8192, help="tokens for which the bytes of a plan are counted")
     parser.add_argument("--thorough", action="store_true")
+    parser.add_argument("--few", action="store_true", help="quality of the contestants of a plan's trial only")
     given = parser.parse_args()
     if given.job == "time":
         timing(given.lengths, given.prefills)
@@ -315,11 +319,11 @@ def main() -> None:
     elif given.job == "same":
         same(given.prompts)
     elif given.job == "plan":
-        planning(given.bytes, given.length or 1024, given.plan)
+        planning(given.bytes, given.at, given.length or 1024, given.plan)
     elif given.job == "kvpress":
         peers(given.plan, given.length or 1024, given.thorough)
     else:
-        answers(given.plan, given.length or 1024, given.thorough)
+        answers(given.plan, given.length or 1024, given.thorough, given.few)
 
 
 if __name__ == "__main__":

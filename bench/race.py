@@ -121,6 +121,20 @@ def save(name: str, found: dict) -> None:
     print(f"wrote bench/results/{path.name}", file=sys.stderr)
 
 
+def kept(name: str) -> list[dict]:
+    """The entries of results that hold several measurements; none where there is no file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+def add(name: str, found: dict, by: tuple[str, ...]) -> None:
+    """Put one measurement beside those that differ from it in `by`, in place of one that does not; in their order."""
+    this = tuple(found[key] for key in by)
+    others = [one for one in kept(name) if tuple(one[key] for key in by) != this]
+    entry = {"when": time.strftime("%Y-%m-%d %H:%M"), **found}
+    save(name, {"entries": sorted([*others, entry], key=lambda one: tuple(one[key] for key in by))})
+
+
 def last_words(text: str) -> str:
     """The last line that a worker wrote, files by their names alone: folders of a machine stay on it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -7,6 +7,8 @@ from goals import goal, least
 
 # Whose processors, as files of results have it; kernels differ by that.
 MAKERS = {"amd": "an AMD processor", "intel": "an Intel processor", "other": "another processor"}
+# Where bytes are counted and a plan is tried, unless told.
+USUAL = {"at": 8192, "test_at": 1024}
 QUICK, ALONE, BY_PYTORCH = ", quick products", ", the model's products", ", read by PyTorch"
 
 LEFT = (
@@ -21,9 +23,9 @@ def caches(load: Callable[[str], dict | None], circumstances: Callable[[dict], s
         *(_time(load(f"cache_time_{maker}"), maker, circumstances) for maker in MAKERS),
         _memory(load("cache_memory"), circumstances),
         _same(load("cache_same"), circumstances),
-        _plan(load("cache_plan"), circumstances),
+        _plans(load("cache_plan"), circumstances),
         _rankings(load("cache_rankings"), circumstances),
-        _answers(load("cache_quality"), circumstances),
+        _all_answers(load("cache_quality"), circumstances),
     ]
     made = [part for part in parts if part]
     return "\n\n".join(["## KV caches, default model, float32", *made]) if made else ""
@@ -155,21 +157,30 @@ def _same(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     )
 
 
-def _plan(found: dict | None, circumstances: Callable[[dict], str]) -> str:
+def _plans(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
+    rule = found["entries"][0]["trial"]["rule"]
+    about = f"A plan is accepted by this rule: {rule[0].lower()}{rule[1:]}"
+    each = (_plan(one, circumstances) for one in found["entries"])
+    return "\n\n".join(["### Plans and their trials", about, *each])
+
+
+def _plan(found: dict, circumstances: Callable[[dict], str]) -> str:
     lines = ["| cache | bytes | answers kept | retrieval | nats a token |", "| --- | --- | --- | --- | --- |"]
     for row in found["trial"]["rows"]:
         lines.append(
             f"| {row['name']} | {row['share']:.0%} | {row['kept']:.0%} | {row['retrieval']:.2f} | {row['nll']:.3f} |"
         )
     verdict = "Accepted" if found["trial"]["accepted"] else "Rejected"
+    how = "".join(f" --{name.replace('_', '-')} {found[name]}" for name, usual in USUAL.items() if found[name] != usual)
     about = (
-        f"`headwise plan default --bytes {found['bytes']:g}`: {found['seconds']:.0f} seconds ({found['cpu']:.0f} of "
-        f"processor time), heads chosen by {found['ranking']}, tried at {found['test_at']} tokens. {verdict}. "
-        f"{found['trial']['says']} {found['trial']['rule']}"
+        f"`headwise plan default --bytes {found['bytes']:g}{how}`: {found['seconds']:.0f} seconds ({found['cpu']:.0f} "
+        f"of processor time); {found['count'].get('full', 0)} of {sum(found['count'].values())} KV heads full, chosen "
+        f"by {found['ranking']}, tried at {found['test_at']} tokens. {verdict}. {found['trial']['says']}"
     )
-    return "\n\n".join(["### A plan and its trial", about, "\n".join(lines), circumstances(found)])
+    said = goal("Goal, at most 600 seconds", found["seconds"], found["seconds"] <= 600)
+    return "\n\n".join([about, "\n".join(lines), said, circumstances(found)])
 
 
 def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
@@ -211,9 +222,21 @@ def _worth(row: dict) -> str:
     return f"{', '.join(f'{one:.0%}' for one in row['kept'])}; {statistics.mean(row['loss']):+.3f}"
 
 
-def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
+def _all_answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
+    about = (
+        "Bytes as they are held when a prompt is answered; in those of 8 bits every number is coded by torchao. "
+        "Contexts are read before the questions, so SnapKV and Ada-KV choose without having seen them; they keep as "
+        "many tokens as the plan has bytes for, and the rest of what they hold is room for later tokens. kvpress 0.5.5 "
+        "runs in an environment of its own (transformers 5.2.0), on the same prompts. Its head-wise presses mask keys "
+        "and free none, so that they hold all bytes."
+    )
+    each = (_answers(one, circumstances) for one in found["entries"])
+    return "\n\n".join(["### Answers at equal bytes", about, *each])
+
+
+def _answers(found: dict, circumstances: Callable[[dict], str]) -> str:
     tasks = list(found["rows"][0]["accuracy"])
     lines = [
         f"| cache | bytes | answers kept | {' | '.join(tasks)} | nats a token |",
@@ -232,14 +255,8 @@ def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         shared = len(set(row.get("full", [])) & kept)
         chosen = f", {shared} of its heads are the plan's" if row.get("full") and set(row["full"]) != kept else ""
         lines.append(f"| {name}{chosen} | {row['bytes'] / full:.0%} | | {each} | |")
-    intro = (
-        f"{found['length']} tokens; the plan keeps {found['plan'].get('full', 0)} of "
-        f"{sum(found['plan'].values())} KV heads full. Bytes as they are held when a prompt is answered; in those of 8 "
-        "bits every number is coded by torchao. Contexts are read before the questions, so SnapKV and Ada-KV choose "
-        "without having seen them; they keep as many tokens as the plan has bytes for, and the rest of what they hold "
-        "is room for later tokens. kvpress 0.5.5 runs in an environment of its own (transformers 5.2.0), on the same "
-        "prompts."
-    )
+    total = sum(found["plan"].values())
+    intro = f"The plan keeps {found['plan'].get('full', 0)} of {total} KV heads full."
     peers = [row for row in found.get("kvpress", {}).values() if "failed" not in row]
     if peers and not all(row.get("forced") for row in peers):
         intro += (
@@ -250,14 +267,12 @@ def _answers(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         read = f"{found['read']['texts']} windows of {found['read']['tokens']} tokens of our held-out text"
         intro += (
             " Where kvpress chooses heads itself (`on_the_fly_scoring`, as many as the plan, 128 sinks and 256 recent "
-            f"tokens) it reads {read}: the data set that it would load, BookSum, cannot be had on this machine. Its "
-            "head-wise presses mask keys and free none, so that they hold all bytes. kvpress ran on "
-            f"{found['read']['when']}."
+            f"tokens) it reads {read}: the data set that it would load, BookSum, cannot be had on this machine. "
+            f"kvpress ran on {found['read']['when']}."
         )
     said = " ".join([_enough(found.get("full", {})), *_answer_goals(found)]).strip()
-    return "\n\n".join(
-        ["### Answers at equal bytes", intro, "\n".join(lines), *([said] if said else []), circumstances(found)]
-    )
+    title = f"#### {found['length']} tokens"
+    return "\n\n".join([title, intro, "\n".join(lines), *([said] if said else []), circumstances(found)])
 
 
 def _enough(full: dict[str, dict[str, float]]) -> str:
@@ -281,6 +296,7 @@ def _answer_goals(found: dict) -> list[str]:
         return 100 * statistics.mean(row["accuracy"].values())
 
     plan, said = rows["plan"], []
+    said.append(goal("Goal, at most 0.4 of the full cache's bytes", plan["share"], plan["share"] <= 0.4))
     said.append(least("Goal, plan keeps at least 0.95 of the full cache's right answers", plan["kept"], 0.95))
     above = points(plan) - statistics.mean(points(row) for name, row in rows.items() if name.startswith("random"))
     said.append(least("Goal, at least 20 points above random heads of equal bytes", above, 20))
