@@ -1,6 +1,7 @@
 """What each ranking of KV heads costs, and what a cache keeps whose full heads it chose, all of equal bytes.
 
-python bench/rankings.py [--bytes 0.4 0.25] [--length 1024] [--seeds 0 1]
+python bench/rankings.py [--bytes 0.4 0.25] [--length 1024] [--seeds 2 3]
+python bench/rankings.py --seconds      takes the time of the scores once more and puts it beside those taken before
 
 Beside the rankings that a plan can be made of stands DuoAttention's own recipe on the same prompts and as many steps:
 gates that act from the first token on. Each ranking is scored alone and timed; then caches by each answer the same
@@ -8,6 +9,7 @@ prompts, which chose nothing. Results go to bench/results/cache_rankings.json; b
 """
 
 import argparse
+import json
 import time
 from typing import Any
 
@@ -60,13 +62,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=float, nargs="+", default=[0.4, 0.25])
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--seconds", action="store_true", help="of the scores, once more; nothing else")
     given = parser.parse_args()
     model, tokenizer = open_model()
     facts = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
     scores, seconds = scored(model, tokenizer)
     orders = planning.orders(model, {name: scores[name] for name in planning.USUAL})
     seconds |= {name: sum(seconds[one] for one in name.split(" + ")) for name in orders if " + " in name}
+    if given.seconds:
+        before = json.loads((race.RESULTS / "cache_rankings.json").read_text())
+        took = {name: [*before["seconds"][name], one] for name, one in seconds.items()}
+        race.save("cache_rankings", {**before, "seconds": took})
+        return
     units = kv_units(model)
     orders |= {name: sorted(units, key=lambda unit: -one[unit]) for name, one in scores.items()}
     with fast_matmul(model):
@@ -77,7 +85,8 @@ def main() -> None:
         "steps": planning.RANKINGS["duo_gate"][0]["steps"],
         "prompts": {name: n for name, (*_, n) in planning.RANKINGS.items()},
     }
-    race.save("cache_rankings", {**facts, **told, "seconds": seconds, "budgets": budgets})
+    took = {name: [one] for name, one in seconds.items()}
+    race.save("cache_rankings", {**facts, **told, "seconds": took, "budgets": budgets})
 
 
 if __name__ == "__main__":

@@ -186,23 +186,22 @@ def _plan(found: dict, circumstances: Callable[[dict], str]) -> str:
 def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
-    recipe, seconds, budgets = "DuoAttention's recipe", found["seconds"], found["budgets"]
+    recipe, budgets, taken = "DuoAttention's recipe", found["budgets"], found["seconds"]
+    seconds = {name: statistics.median(each) for name, each in taken.items()}
     lines = [
         f"| full heads chosen by | seconds | {' | '.join(_budget(one, found['seeds']) for one in budgets)} |",
         "| --- " * (2 + len(budgets)) + "|",
     ]
     for name in budgets[0]["rows"]:
-        time = f"{seconds[name]:.0f}" if name in seconds else ""
+        time = ", ".join(f"{one:.0f}" for one in taken.get(name, ()))
         lines.append(f"| {name} | {time} | {' | '.join(_worth(one['rows'][name]) for one in budgets)} |")
     asked = " and ".join(str(one["asked"]) for one in budgets)
     about = (
         f"The first KV heads of a ranking keep everything, the others 64 and 256 tokens; {found['length']} tokens, "
         f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Seconds are "
-        f"those of the scores. {recipe} is gates that act from the first token on, trained on the prompts of duo_gate "
-        f"in as many steps ({found['steps']}); duo_gate reads each context once, and its gates act behind it."
+        f"those of the scores, each time they were taken; goals are of medians. {recipe} is gates that act from the "
+        f"first token on, trained on the prompts of duo_gate in as many steps ({found['steps']}); duo_gate reads each context once, and its gates act behind it."
     )
-    if "prompts" not in found:
-        about += " Need was measured on six prompts; plans have taken two since."
     sums = {name: took for name, took in seconds.items() if " + " in name}
     said = [goal(f"Goal, scores of {name} at most 60 seconds", took, took <= 60) for name, took in sums.items()]
     for one in budgets:
