@@ -200,7 +200,8 @@ def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
         f"The first KV heads of a ranking keep everything, the others 64 and 256 tokens; {found['length']} tokens, "
         f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Seconds are "
         f"those of the scores, each time they were taken; goals are of medians. {recipe} is gates that act from the "
-        f"first token on, trained on the prompts of duo_gate in as many steps ({found['steps']}); duo_gate reads each context once, and its gates act behind it."
+        f"first token on, trained on the prompts of duo_gate in as many steps ({found['steps']}); duo_gate reads each "
+        "context once, and its gates act behind it."
     )
     sums = {name: took for name, took in seconds.items() if " + " in name}
     said = [goal(f"Goal, scores of {name} at most 60 seconds", took, took <= 60) for name, took in sums.items()]
