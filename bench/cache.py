@@ -209,7 +209,7 @@ def answers(plan_file: str, length: int, thorough: bool, few: bool) -> None:
 
 def measured(plan: Plan, length: int) -> dict:
     """The answers that were measured last at this length, where they are of these full heads; else nothing."""
-    alike = (one for one in race.kept("cache_quality") if (one["heads"], one["length"]) == (plan.heads, length))
+    alike = (one for one in race.entries("cache_quality") if (one["heads"], one["length"]) == (plan.heads, length))
     return next(alike, {})
 
 

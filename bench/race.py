@@ -121,7 +121,7 @@ def save(name: str, found: dict) -> None:
     print(f"wrote bench/results/{path.name}", file=sys.stderr)
 
 
-def kept(name: str) -> list[dict]:
+def entries(name: str) -> list[dict]:
     """The entries of results that hold several measurements; none where there is no file."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text())["entries"] if path.exists() else []
@@ -130,7 +130,7 @@ def kept(name: str) -> list[dict]:
 def add(name: str, found: dict, by: tuple[str, ...]) -> None:
     """Put one measurement beside those that differ from it in `by`, in place of one that does not; in their order."""
     this = tuple(found[key] for key in by)
-    others = [one for one in kept(name) if tuple(one[key] for key in by) != this]
+    others = [one for one in entries(name) if tuple(one[key] for key in by) != this]
     entry = {"when": time.strftime("%Y-%m-%d %H:%M"), **found}
     save(name, {"entries": sorted([*others, entry], key=lambda one: tuple(one[key] for key in by))})
 

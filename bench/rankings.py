@@ -65,13 +65,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--seconds", action="store_true", help="of the scores, once more; nothing else")
     given = parser.parse_args()
+    rankings = {
+        "steps": planning.RANKINGS["duo_gate"][0]["steps"],
+        "prompts": {name: n for name, (*_, n) in planning.RANKINGS.items()},
+    }
+    before = {}
+    if given.seconds:
+        before = json.loads((race.RESULTS / "cache_rankings.json").read_text())
+        if rankings != {name: before[name] for name in rankings}:
+            raise SystemExit("The recorded rankings had other steps or prompts; measure them again without --seconds.")
     model, tokenizer = open_model()
     facts = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
     scores, seconds = scored(model, tokenizer)
     orders = planning.orders(model, {name: scores[name] for name in planning.USUAL})
     seconds |= {name: sum(seconds[one] for one in name.split(" + ")) for name in orders if " + " in name}
-    if given.seconds:
-        before = json.loads((race.RESULTS / "cache_rankings.json").read_text())
+    if before:
         took = {name: [*before["seconds"][name], one] for name, one in seconds.items()}
         race.save("cache_rankings", {**before, "seconds": took})
         return
@@ -79,13 +87,8 @@ def main() -> None:
     orders |= {name: sorted(units, key=lambda unit: -one[unit]) for name, one in scores.items()}
     with fast_matmul(model):
         budgets = [kept(model, tokenizer, orders, share, given.length, given.seeds) for share in given.bytes]
-    told = {
-        "length": given.length,
-        "seeds": given.seeds,
-        "steps": planning.RANKINGS["duo_gate"][0]["steps"],
-        "prompts": {name: n for name, (*_, n) in planning.RANKINGS.items()},
-    }
     took = {name: [one] for name, one in seconds.items()}
+    told = {"length": given.length, "seeds": given.seeds, **rankings}
     race.save("cache_rankings", {**facts, **told, "seconds": took, "budgets": budgets})
 
 
