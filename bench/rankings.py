@@ -1,11 +1,12 @@
 """What each ranking of KV heads costs, and what a cache keeps whose full heads it chose, all of equal bytes.
 
-python bench/rankings.py [--bytes 0.4 0.25] [--length 1024] [--seeds 2 3]
+python bench/rankings.py [--bytes 0.4 0.25] [--length 1024] [--seeds 4 5 6] [--rounds 5]
 python bench/rankings.py --seconds      takes the time of the scores once more and puts it beside those taken before
 
-Beside the rankings that a plan can be made of stands DuoAttention's own recipe on the same prompts and as many steps:
-gates that act from the first token on. Each ranking is scored alone and timed; then caches by each answer the same
-prompts, which chose nothing. Results go to bench/results/cache_rankings.json; bench/report.py makes docs/bench.md.
+Beside the rankings that a plan is made of stands DuoAttention's own recipe, gates that act from the first token on: on
+the prompts and in the steps of a plan's gates, and on more prompts in more steps. Each ranking is scored alone and
+timed, all in turns; then caches by each answer the same prompts, which chose nothing. Results go to
+bench/results/cache_rankings.json; bench/report.py makes docs/bench.md.
 """
 
 import argparse
@@ -20,19 +21,32 @@ from tqdm.auto import tqdm
 from headwise import open_model, planning, quality
 from headwise.kv_cache import KVCache, kv_units
 from headwise.matmul import fast_matmul
+from headwise.method import load
 from headwise.plan import kv_values
 
 RECIPE = "DuoAttention's recipe"
+# As in planning.RANKINGS: the method, its fields, its task, the task's fields, prompts.
+JOBS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
+    name: (name, *planning.RANKINGS[name]) for name in planning.USUAL
+}
+_, FIELDS, *GIVEN = JOBS["duo_gate"]
+JOBS[f"{RECIPE}, {FIELDS['steps']} steps"] = ("duo_gate", {**FIELDS, "whole": False}, *GIVEN)
+JOBS[f"{RECIPE}, 50 steps"] = (
+    "duo_gate",
+    {"steps": 50, "lr": 0.1, "whole": False},
+    "passkeys",
+    {"length": 500, "passkeys": 2, "asked": 2},
+    16,
+)
 
 
 def scored(model, tokenizer) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """{ranking: {KV head: value}} and {ranking: seconds}, the making of prompts included."""
-    jobs: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in planning.RANKINGS}
-    jobs[RECIPE] = ("duo_gate", {"whole": False})
     found, seconds = {}, {}
-    for name, (ranking, fields) in tqdm(jobs.items(), desc="rankings"):
+    for name, (method, fields, task, about, n) in tqdm(JOBS.items(), desc="rankings"):
         start = time.perf_counter()
-        found[name] = kv_values(model, planning.score_by(ranking, model, tokenizer, 2000, **fields))
+        batch = load(f"data.{task}")(**about).make(tokenizer, n, 2000)
+        found[name] = kv_values(model, load(f"heads.{method}")(**fields).score(model, batch))
         seconds[name] = time.perf_counter() - start
     return found, seconds
 
@@ -62,33 +76,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=float, nargs="+", default=[0.4, 0.25])
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--seconds", action="store_true", help="of the scores, once more; nothing else")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
+    parser.add_argument("--rounds", type=int, default=5, help="of the scores' times")
+    parser.add_argument("--seconds", action="store_true", help="of the scores, one round more; nothing else")
     given = parser.parse_args()
-    rankings = {
-        "steps": planning.RANKINGS["duo_gate"][0]["steps"],
-        "prompts": {name: n for name, (*_, n) in planning.RANKINGS.items()},
-    }
+    # As it reads in a file of results, to be compared with one.
+    jobs = json.loads(json.dumps(JOBS))
     before = {}
     if given.seconds:
         before = json.loads((race.RESULTS / "cache_rankings.json").read_text())
-        if rankings != {name: before[name] for name in rankings}:
-            raise SystemExit("The recorded rankings had other steps or prompts; measure them again without --seconds.")
+        if jobs != before["jobs"]:
+            raise SystemExit("The recorded rankings had other fields or prompts; measure again without --seconds.")
     model, tokenizer = open_model()
     facts = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
-    scores, seconds = scored(model, tokenizer)
-    orders = planning.orders(model, {name: scores[name] for name in planning.USUAL})
-    seconds |= {name: sum(seconds[one] for one in name.split(" + ")) for name in orders if " + " in name}
+    took: dict[str, list[float]] = before.get("seconds", {})
+    for _ in range(1 if before else given.rounds):
+        scores, seconds = scored(model, tokenizer)
+        orders = planning.orders(model, {name: scores[name] for name in planning.USUAL})
+        seconds |= {name: sum(seconds[one] for one in name.split(" + ")) for name in orders if " + " in name}
+        for name, one in seconds.items():
+            took.setdefault(name, []).append(one)
+        print({name: round(one, 1) for name, one in seconds.items()}, flush=True)
     if before:
-        took = {name: [*before["seconds"][name], one] for name, one in seconds.items()}
         race.save("cache_rankings", {**before, "seconds": took})
         return
     units = kv_units(model)
     orders |= {name: sorted(units, key=lambda unit: -one[unit]) for name, one in scores.items()}
     with fast_matmul(model):
         budgets = [kept(model, tokenizer, orders, share, given.length, given.seeds) for share in given.bytes]
-    took = {name: [one] for name, one in seconds.items()}
-    told = {"length": given.length, "seeds": given.seeds, **rankings}
+    told = {"length": given.length, "seeds": given.seeds, "jobs": jobs}
     race.save("cache_rankings", {**facts, **told, "seconds": took, "budgets": budgets})
 
 

@@ -186,7 +186,9 @@ def _plan(found: dict, circumstances: Callable[[dict], str]) -> str:
 def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
-    recipe, budgets, taken = "DuoAttention's recipe", found["budgets"], found["seconds"]
+    recipes = [name for name in found["jobs"] if name.startswith("DuoAttention's recipe")]
+    trained = [f"{name}, {_prompts(*found['jobs'][name])}" for name in ("duo_gate", *recipes)]
+    budgets, taken = found["budgets"], found["seconds"]
     seconds = {name: statistics.median(each) for name, each in taken.items()}
     lines = [
         f"| full heads chosen by | seconds | {' | '.join(_budget(one, found['seeds']) for one in budgets)} |",
@@ -199,19 +201,26 @@ def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     about = (
         f"The first KV heads of a ranking keep everything, the others 64 and 256 tokens; {found['length']} tokens, "
         f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Seconds are "
-        f"those of the scores, each time they were taken; goals are of medians. {recipe} is gates that act from the "
-        f"first token on, trained on the prompts of duo_gate in as many steps ({found['steps']}); duo_gate reads each "
-        "context once, and its gates act behind it."
+        "those of the scores, taken in turns; goals are of medians. DuoAttention's recipe is gates that act from the "
+        "first token on; duo_gate reads each context once, and its gates act behind it. They are trained on: "
+        f"{'; '.join(trained)}."
     )
     sums = {name: took for name, took in seconds.items() if " + " in name}
     said = [goal(f"Goal, scores of {name} at most 60 seconds", took, took <= 60) for name, took in sums.items()]
     for one in budgets:
         kept = {name: statistics.mean(row["kept"]) for name, row in one["rows"].items()}
-        quickest = min((name for name in seconds if kept[name] >= kept[recipe]), key=seconds.__getitem__)
-        what = f"Goal, as much kept as by {recipe} with {one['full']} heads full in a tenth of its time ({quickest})"
-        said.append(least(what, seconds[recipe] / seconds[quickest], 10))
+        for recipe in recipes:
+            quickest = min((name for name in seconds if kept[name] >= kept[recipe]), key=seconds.__getitem__)
+            what = (
+                f"Goal, as much kept as by {recipe} with {one['full']} heads full in a tenth of its time ({quickest})"
+            )
+            said.append(least(what, seconds[recipe] / seconds[quickest], 10))
     parts = ["### What rankings cost and are worth", about, "\n".join(lines), " ".join(said), circumstances(found)]
     return "\n\n".join(parts)
+
+
+def _prompts(_: str, fields: dict, __: str, about: dict, n: int) -> str:
+    return f"{n} prompts of {about['length']} tokens, {about['passkeys']} passkeys, {fields['steps']} steps"
 
 
 def _budget(one: dict, seeds: list[int]) -> str:

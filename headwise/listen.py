@@ -35,13 +35,14 @@ class Call:
     Attributes:
         mask: what it was given: [B or 1, 1 or H, Tq, Tk], boolean or additive, None where it is causal by itself.
         length, width: Tq and Tk.
-        again: from another mask to the z [B, Tq, H, dv] that the same queries, keys and values give under it.
+        again: from another mask to the z [B, Tq, H, dv] that the same queries, keys and values give under it; a second
+            argument [K] names the columns of keys that the mask is of, where it is not of all.
     """
 
     mask: Any
     length: int
     width: int
-    again: Callable[[Tensor], Tensor]
+    again: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,12 @@ def _attend(
     else:
         z, pattern = fused(module, query, key, value, attention_mask, **options)
 
-    def again(mask: Tensor) -> Tensor:
+    def again(mask: Tensor, columns: Tensor | None = None) -> Tensor:
+        k, v = (key, value) if columns is None else (key.index_select(2, columns), value.index_select(2, columns))
         # Implementations that take no mask of this form are left for attention in the open.
         if fused is None or original not in ("sdpa", "eager"):
-            return attend_openly(module, query, key, value, mask, lambda _, same: same, options)[0]
-        return fused(module, query, key, value, mask, **options)[0]
+            return attend_openly(module, query, k, v, mask, lambda _, same: same, options)[0]
+        return fused(module, query, k, v, mask, **options)[0]
 
     return session.run(module, "z", z, **at, call=Call(attention_mask, **at, again=again)), pattern
 

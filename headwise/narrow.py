@@ -6,6 +6,7 @@ Nothing is freed here. It is how a head's need of a full cache is measured, and 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from headwise.task import Batch
 
 # From the layer's number, its z [B, T, H, d] and a function that gives the narrow z of the same shape, to what goes on.
 Change = Callable[[int, Tensor, Callable[[], Tensor]], Tensor | None]
+# Where less than this share of the keys is in anyone's window, as behind a long past, the others are not read.
+FEW = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,27 @@ def narrowed(
     for layer in chosen:
         body.resolve(Site(layer, "q"))
 
+    # One layer's is mostly the next one's.
+    @lru_cache(maxsize=4)
+    def sight(offset: int, first: int, length: int, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Who sees whom, [B or 1, 1, Q, K], and the columns of keys that are seen at all, None for all or most."""
+        queries = torch.arange(length, device=device) + offset
+        keys = torch.arange(width, device=device) + first
+        seen = window.sees(queries, keys, pads)
+        if start > 0:
+            seen = seen | (queries < start)[:, None] & (keys <= queries[:, None])
+        columns = seen.any((0, 1, 2)).nonzero()[:, 0]
+        return seen, columns if len(columns) < FEW * width else None
+
     def handler(value: Tensor, place: Place) -> Tensor | None:
         call, layer = place.call, place.site.layer
         if call is None or layer is None:
             return None
 
         def near() -> Tensor:
-            queries = torch.arange(call.length, device=value.device) + place.offset
-            keys = torch.arange(call.width, device=value.device) + place.keys
-            seen = window.sees(queries, keys, pads)
-            if start > 0:
-                seen = seen | (queries < start)[:, None] & (keys <= queries[:, None])
-            return call.again(_both(call, seen, value.dtype))
+            seen, columns = sight(place.offset, place.keys, call.length, call.width, value.device)
+            mask = _both(call, seen, value.dtype)
+            return call.again(mask) if columns is None else call.again(mask[..., columns], columns)
 
         return change(layer, value, near)
 

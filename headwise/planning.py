@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 # Method, its fields, its task, the task's fields, prompts. What each needs is small, so that a plan takes minutes.
 RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
-    "duo_gate": ({"steps": 50, "lr": 0.1}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16),
-    "reach": ({}, "held_out", {"length": 512}, 8),
+    "duo_gate": ({"steps": 20, "lr": 0.2}, "passkeys", {"length": 300, "passkeys": 4, "asked": 4}, 4),
+    "reach": ({}, "held_out", {"length": 512}, 2),
     "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
     "retrieval": ({}, "needle", {"length": 500}, 9),
     "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 2),

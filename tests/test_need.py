@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES
 from traces import traces
 
-from headwise import shares
+from headwise import narrow, shares
 from headwise.anatomy import anatomy
 from headwise.attach import caching
 from headwise.cache import Duo
@@ -79,6 +79,38 @@ def test_a_window_equals_hidden_keys(name, padded):
     torch.testing.assert_close(narrow[real], naive[real], rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(all_seen[real], plain[real], rtol=1e-5, atol=2e-5)
     assert float((narrow - plain)[real].abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mistral", "gemma3"])
+def test_keys_in_no_window_are_not_read(name, padded, monkeypatch):
+    """Against reading all of them: logits, slopes of gates, and how many keys attention was given."""
+    model, batch = make(name, padded, rows=2)
+    body, mask, widths = anatomy(model), batch.inputs["attention_mask"], []
+    gates = {n: torch.full((body.heads(n), 1), 0.3, requires_grad=True) for n in body.layers}
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query, key, *rest, **options):
+        widths.append(key.shape[2])
+        return attention(query, key, *rest, **options)
+
+    def mixed(layer, z, near):
+        widths.clear()
+        other = near()
+        return other + gates[layer] * (z - other)
+
+    def run() -> tuple:
+        past = model(batch.ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values
+        with narrowed(model, Window(1, 1), mixed, pads=pads_of(batch)):
+            logits = model(batch.ids[:, 8:], attention_mask=mask, past_key_values=past).logits
+        return widths[0], logits, *torch.autograd.grad(logits.square().mean(), list(gates.values()))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    few, *got = run()
+    monkeypatch.setattr(narrow, "FEW", 0)
+    every, *want = run()
+    assert few < every
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen3_next", "gpt_neox"])
