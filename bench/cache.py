@@ -310,6 +310,8 @@ def main() -> None:
     parser.add_argument("--thorough", action="store_true")
     parser.add_argument("--few", action="store_true", help="quality of the contestants of a plan's trial only")
     given = parser.parse_args()
+    if given.plan is None and given.job in ("plan", "quality", "kvpress"):
+        parser.error(f"{given.job} needs --plan FILE.")
     if given.job == "time":
         timing(given.lengths, given.prefills)
     elif given.job == "memory":
