@@ -21,32 +21,23 @@ from tqdm.auto import tqdm
 from headwise import open_model, planning, quality
 from headwise.kv_cache import KVCache, kv_units
 from headwise.matmul import fast_matmul
-from headwise.method import load
 from headwise.plan import kv_values
 
 RECIPE = "DuoAttention's recipe"
-# As in planning.RANKINGS: the method, its fields, its task, the task's fields, prompts.
-JOBS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
-    name: (name, *planning.RANKINGS[name]) for name in planning.USUAL
-}
-_, FIELDS, *GIVEN = JOBS["duo_gate"]
-JOBS[f"{RECIPE}, {FIELDS['steps']} steps"] = ("duo_gate", {**FIELDS, "whole": False}, *GIVEN)
-JOBS[f"{RECIPE}, 50 steps"] = (
-    "duo_gate",
-    {"steps": 50, "lr": 0.1, "whole": False},
-    "passkeys",
-    {"length": 500, "passkeys": 2, "asked": 2},
-    16,
-)
+# {name: method, how it is made}.
+JOBS: dict[str, tuple[str, planning.Ranking]] = {name: (name, planning.RANKINGS[name]) for name in planning.USUAL}
+FIELDS, *GIVEN = planning.RANKINGS["duo_gate"]
+LONG = {"steps": 50, "lr": 0.1, "whole": False}, "passkeys", {"length": 500, "passkeys": 2, "asked": 2}, 16
+JOBS[f"{RECIPE}, {FIELDS['steps']} steps"] = "duo_gate", ({**FIELDS, "whole": False}, *GIVEN)
+JOBS[f"{RECIPE}, {LONG[0]['steps']} steps"] = "duo_gate", LONG
 
 
 def scored(model, tokenizer) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """{ranking: {KV head: value}} and {ranking: seconds}, the making of prompts included."""
     found, seconds = {}, {}
-    for name, (method, fields, task, about, n) in tqdm(JOBS.items(), desc="rankings"):
+    for name, (method, ranking) in tqdm(JOBS.items(), desc="rankings"):
         start = time.perf_counter()
-        batch = load(f"data.{task}")(**about).make(tokenizer, n, 2000)
-        found[name] = kv_values(model, load(f"heads.{method}")(**fields).score(model, batch))
+        found[name] = kv_values(model, planning.score_by(method, model, tokenizer, 2000, ranking=ranking))
         seconds[name] = time.perf_counter() - start
     return found, seconds
 

@@ -187,7 +187,7 @@ def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
     recipes = [name for name in found["jobs"] if name.startswith("DuoAttention's recipe")]
-    trained = [f"{name}, {_prompts(*found['jobs'][name])}" for name in ("duo_gate", *recipes)]
+    trained = [f"{name}, {_prompts(*found['jobs'][name][1])}" for name in ("duo_gate", *recipes)]
     budgets, taken = found["budgets"], found["seconds"]
     seconds = {name: statistics.median(each) for name, each in taken.items()}
     lines = [
@@ -219,7 +219,7 @@ def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     return "\n\n".join(parts)
 
 
-def _prompts(_: str, fields: dict, __: str, about: dict, n: int) -> str:
+def _prompts(fields: dict, _: str, about: dict, n: int) -> str:
     return f"{n} prompts of {about['length']} tokens, {about['passkeys']} passkeys, {fields['steps']} steps"
 
 

@@ -7,10 +7,10 @@
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Method, its fields, its task, the task's fields, prompts. What each needs is small, so that a plan takes minutes.
-RANKINGS: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {
+# Fields of a method, its task, the task's fields, prompts.
+Ranking = tuple[dict[str, Any], str, dict[str, Any], int]
+# By method. What each needs is small, so that a plan takes minutes.
+RANKINGS: dict[str, Ranking] = {
     "duo_gate": ({"steps": 20, "lr": 0.2}, "passkeys", {"length": 300, "passkeys": 4, "asked": 4}, 4),
     "reach": ({}, "held_out", {"length": 512}, 2),
     "razor_induction": ({}, "repeated_tokens", {"length": 256}, 4),
@@ -117,7 +119,7 @@ def make_plan(
         "test_at": making.test_at,
         "seed": making.seed,
         "ranking": best.ranking,
-        "dev": {choice.name: round(float(choice.right), 4) for choice in tried},
+        "dev": {choice.name: round(choice.sure, 4) for choice in tried},
         "stopped": [choice.name for choice in tried if len(choice.lost) < len(best.lost)],
         "skipped": skipped,
         "when": _now(),
@@ -134,14 +136,18 @@ class _Choice:
     ranking: str
     rest: CacheMethod
     full: list[str]
-    # What was lost at each prompt, in exact shares of all there is to win; fewer prompts than there are once it could
-    # no longer win. `right` is then a bound.
-    lost: list[Fraction] = field(default_factory=list)
+    # What was lost at each prompt, of 1 that there is to win; fewer prompts than there are once it could no longer win.
+    # `sure` is then a bound.
+    lost: list[float] = field(default_factory=list)
 
     @property
-    def right(self) -> Fraction:
-        """Share of the tokens of answers that are right, each task counting the same."""
-        return 1 - sum(self.lost, Fraction())
+    def sure(self) -> float:
+        """Mean probability of the right tokens of answers, each task counting the same.
+
+        Their number would be the same for most choices: with fifteen prompts, few tokens are still wrong.
+        """
+        # Exact, so that the order of prompts does not choose where two are equal.
+        return 1 - math.fsum(self.lost)
 
     @property
     def name(self) -> str:
@@ -183,20 +189,21 @@ def score_by(
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     atlas: "Atlas | None" = None,
-    **fields: Any,
+    ranking: Ranking | None = None,
 ) -> Score:
-    """One of the RANKINGS on prompts of its own task, from the atlas where it was made before.
+    """Score the KV heads by a method on prompts made for it, from the atlas where it was made before.
 
     Args:
-        seed: of the prompts. fields: of the method, in place of those in RANKINGS.
+        name: of the method, as in RANKINGS.
+        seed: of the prompts. ranking: fields, task and prompts in place of those in RANKINGS.
 
     Raises:
         ValueError: what the method or the task says of this model.
     """
-    usual, task, about, n = RANKINGS[name]
+    fields, task, about, n = ranking or RANKINGS[name]
     maker: Any = load(f"data.{task}")(**about)
     batch = maker.make(tokenizer, n, seed).to(model.device)
-    method: Any = load(f"heads.{name}")(**{**usual, **fields})
+    method: Any = load(f"heads.{name}")(**fields)
     known = atlas.made(provenance(method, model, batch)) if atlas else None
     if known is not None:
         return known
@@ -226,7 +233,7 @@ def _choose(
     ordered: Mapping[str, list[str]],
     counts: Mapping[CacheMethod, int],
 ) -> tuple[_Choice, list[_Choice]]:
-    """The choice whose cache gets most tokens of the dev answers right, the earlier where two are equal; and all tried.
+    """The choice through whose cache the right dev answers are most probable; and all tried.
 
     Rankings are compared with the first treatment of the rest, and the other treatments with the best ranking only.
     One that can no longer win is not tried further. Prompts at which the first did worst come first, as they tell most.
@@ -239,28 +246,26 @@ def _choose(
     exam = _exam(tokenizer, making)
     with tqdm(total=total * len(exam), desc="choosing", disable=hidden(), leave=False) as bar:
 
-        def examine(choice: _Choice, beat: Fraction | None) -> _Choice:
+        def examine(choice: _Choice, beat: float | None) -> _Choice:
             _examine(model, tokenizer, making, choice, exam, beat, bar.update)
             return choice
 
         examine(best, None)
         exam = [exam[i] for i in sorted(range(len(exam)), key=lambda i: -best.lost[i])]
         for choice in tried[1:]:
-            best = max(best, examine(choice, best.right), key=lambda one: one.right)
+            best = max(best, examine(choice, best.sure), key=lambda one: one.sure)
         for rest in others:
             tried.append(_Choice(best.ranking, rest, ordered[best.ranking][: counts[rest]]))
-            best = max(best, examine(tried[-1], best.right), key=lambda one: one.right)
+            best = max(best, examine(tried[-1], best.sure), key=lambda one: one.sure)
     return best, tried
 
 
-def _exam(tokenizer: "PreTrainedTokenizerBase", making: Making) -> "list[tuple[Batch, Fraction]]":
+def _exam(tokenizer: "PreTrainedTokenizerBase", making: Making) -> "list[tuple[Batch, float]]":
     """The dev prompts one by one, and what the answers of each are worth: all tasks the same, together 1."""
     batches = quality.prompts(tokenizer, making.test_at, making.seed + 1000, quick=True)
     asked = {name: min(DEV, len(batches[name])) for name in quality.RETRIEVAL}
     return [
-        (batches[name].take([row]), Fraction(1, len(asked) * count))
-        for name, count in asked.items()
-        for row in range(count)
+        (batches[name].take([row]), 1 / len(asked) / count) for name, count in asked.items() for row in range(count)
     ]
 
 
@@ -269,18 +274,18 @@ def _examine(
     tokenizer: "PreTrainedTokenizerBase",
     making: Making,
     choice: _Choice,
-    exam: "Sequence[tuple[Batch, Fraction]]",
-    beat: Fraction | None,
+    exam: "Sequence[tuple[Batch, float]]",
+    beat: float | None,
     step: Callable[[int], Any],
 ) -> None:
     """Answer prompt by prompt through the cache of a choice, until it cannot be more than `beat` any more."""
     rest = dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest)
     cache = _maker(model, rest, making.test_at, making.then)
     for prompt, worth in exam:
-        if beat is not None and choice.right <= beat:
+        if beat is not None and choice.sure <= beat:
             break
-        right = retrieval(model, tokenizer, prompt, cache, forced=True, step=lambda: step(1)).tokens
-        choice.lost.append(worth * Fraction(int((~right).sum()), right.numel()))
+        sure = retrieval(model, tokenizer, prompt, cache, forced=True, step=lambda: step(1)).sure
+        choice.lost.append(worth * (1 - float(sure.mean())))
     step(len(exam) - len(choice.lost))
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from test_report_page import WEB, need_browser
+from test_report_page import LONGEST, WEB, need_browser
 
 from headwise.comparison import Condition, compare
 from headwise.data import FewShotLabels
@@ -14,6 +14,7 @@ from headwise.lab import Edit, TinyConfig, Training, pattern, steps
 from headwise.view import live
 
 LESSON = FewShotLabels(classes=20, dim=8)
+pytestmark = pytest.mark.timeout(LONGEST + 60)
 CONFIG = TinyConfig(**LESSON.config(layers=2, heads=4, width=16))
 SHORT = Training(steps=60, batch=8, lr=1e-3, measure_every=5, rows=16)
 HOLD = [Edit("L1.pattern", pattern("match"), heads=(3,), when=steps(0, 30))]
@@ -33,12 +34,12 @@ def seen(tmp_path_factory):
     need_browser()
     folder = tmp_path_factory.mktemp("live")
     page = live.write(folder, "two_conditions", CONDITIONS, (5,))
-    words = ["node", str(WEB / "test" / "live.mjs"), str(page), str(folder), "200"]
+    words = ["node", str(WEB / "test" / "live.mjs"), str(page), str(folder), str(LONGEST // 2)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as browser:
         ready = browser.stdout.readline()
         if ready == "ready\n":
             compare(CONDITIONS, seeds=(5,), folder=folder, watch=Slow(pause=0.0))
-        out, said = browser.communicate(timeout=240)
+        out, said = browser.communicate(timeout=LONGEST)
     assert ready == "ready\n" and browser.returncode == 0, said
     return json.loads(out)
 

@@ -81,8 +81,13 @@ def test_a_window_equals_hidden_keys(name, padded):
     assert float((narrow - plain)[real].abs().max()) > 0.1
 
 
+# Without those that PyTorch's attention is not called for (soft caps, sinks), and those whose recurrent layers
+# write into the past in place, so that nothing can be trained behind one.
+OTHERS = {"gemma2", "gpt_oss", "qwen3_next", "qwen3_5"}
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in OTHERS])
 def test_keys_in_no_window_are_not_read(name, padded, monkeypatch):
     """Against reading all of them: logits, slopes of gates, and how many keys attention was given."""
     model, batch = make(name, padded, rows=2)

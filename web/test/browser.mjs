@@ -21,3 +21,10 @@ export function executable() {
   }
   return found;
 }
+
+/** A page that waits two minutes for what it is asked: where others take most of a machine, thirty seconds are not enough. */
+export async function newPage(browser, options = {}) {
+  const page = await browser.newPage(options);
+  page.setDefaultTimeout(120_000);
+  return page;
+}

@@ -6,7 +6,7 @@ import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
-import { executable, flags } from "./browser.mjs";
+import { executable, flags, newPage } from "./browser.mjs";
 
 const [file, shots, seconds] = process.argv.slice(2);
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
@@ -14,7 +14,7 @@ const found = { errors: [], requests: [], said: [], lines: {}, shaded: {}, label
 
 const browser = await chromium.launch({ executablePath: executable(), args: flags });
 try {
-  const page = await browser.newPage({ viewport: { width: 1240, height: 900 } });
+  const page = await newPage(browser, { viewport: { width: 1240, height: 900 } });
   page.on("console", (message) => { if (["error", "warning"].includes(message.type())) found.errors.push(message.text()); });
   page.on("pageerror", (error) => found.errors.push(String(error)));
   page.on("request", (request) => { if (!/^(file|data|blob|about):/.test(request.url())) found.requests.push(request.url()); });
@@ -52,7 +52,7 @@ try {
   const result = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
   found.violations = result.violations.map((one) => `${one.id}: ${one.nodes[0]?.html.slice(0, 160)}`);
   await page.screenshot({ path: join(shots, "live.png"), fullPage: true });
-  const linked = await browser.newPage();
+  const linked = await newPage(browser);
   await linked.goto(pathToFileURL(resolve(file)).href + found.chosen);
   await linked.waitForSelector(".hw-curves");
   found.linked = await linked.locator(".hw-run select").inputValue();

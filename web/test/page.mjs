@@ -5,7 +5,7 @@ import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
-import { executable, flags } from "./browser.mjs";
+import { executable, flags, newPage } from "./browser.mjs";
 
 const [report, shots] = process.argv.slice(2);
 const address = pathToFileURL(resolve(report)).href;
@@ -15,7 +15,7 @@ const found = { errors: [], requests: [], violations: {}, checks: {}, keyboard: 
 const browser = await chromium.launch({ executablePath: executable(), args: flags });
 
 async function open(options, hash = "") {
-  const page = await browser.newPage({ viewport: { width: 1440, height: 980 }, ...options });
+  const page = await newPage(browser, { viewport: { width: 1440, height: 980 }, ...options });
   page.on("console", (message) => { if (["error", "warning"].includes(message.type())) found.errors.push(message.text()); });
   page.on("pageerror", (error) => found.errors.push(String(error)));
   page.on("request", (request) => { if (!/^(file|data|blob|about):/.test(request.url())) found.requests.push(request.url()); });
@@ -232,7 +232,7 @@ async function training() {
 async function widgets() {
   const data = JSON.parse(readFileSync(report, "utf8").match(/id="headwise-data">(.*?)<\/script>/s)[1]);
   const folder = join(dirname(fileURLToPath(import.meta.url)), "..", "..", "headwise", "view", "static");
-  const page = await browser.newPage();
+  const page = await newPage(browser);
   page.on("pageerror", (error) => found.errors.push(String(error)));
   for (const name of ["headmap", "headcard", "patternview", "tradeoffview", "circuitview", "trainingview"]) {
     const source = readFileSync(join(folder, `${name}.js`), "utf8");
