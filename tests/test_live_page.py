@@ -34,7 +34,7 @@ def seen(tmp_path_factory):
     need_browser()
     folder = tmp_path_factory.mktemp("live")
     page = live.write(folder, "two_conditions", CONDITIONS, (5,))
-    words = ["node", str(WEB / "test" / "live.mjs"), str(page), str(folder), str(LONGEST // 2)]
+    words = ["node", str(WEB / "test" / "live.mjs"), str(page), str(LONGEST // 2)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as browser:
         ready = browser.stdout.readline()
         if ready == "ready\n":

@@ -345,6 +345,8 @@ def test_a_plan_is_made_tried_and_refused_where_nothing_can_be_told(chatty, monk
         "retrieval": ({}, "needle", {"length": 120}, 2),
     }
     monkeypatch.setattr(planning, "RANKINGS", cheap)
+    fewer = {name: (task, 2, many, fields) for name, (task, _, many, fields) in quality.TASKS.items()}
+    monkeypatch.setattr(quality, "TASKS", fewer)
     rest = (Duo(4, 16), Duo(4, 16, whole=True))
     making = planning.Making(bytes=0.6, at=1024, test_at=256, rest=rest, rankings=("duo_gate", "retrieval"))
     atlas = Atlas.of(model, tmp_path / "atlas", tokenizer)

@@ -1,4 +1,4 @@
-// Follows the page of an experiment while it is trained: node web/test/live.mjs <training.html> <folder for screenshots> <seconds>
+// Follows the page of an experiment while it is trained: node web/test/live.mjs <training.html> <seconds> [<folder for screenshots>]
 // Says "ready" once the page is open, and prints one JSON object of what was seen when the last run is done;
 // tests/test_live_page.py trains meanwhile and judges.
 import { chromium } from "playwright-core";
@@ -8,7 +8,7 @@ import { join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 import { executable, flags, newPage } from "./browser.mjs";
 
-const [file, shots, seconds] = process.argv.slice(2);
+const [file, seconds, shots] = process.argv.slice(2);
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const found = { errors: [], requests: [], said: [], lines: {}, shaded: {}, labels: [], violations: [] };
 
@@ -51,7 +51,7 @@ try {
   await page.evaluate(axe);
   const result = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
   found.violations = result.violations.map((one) => `${one.id}: ${one.nodes[0]?.html.slice(0, 160)}`);
-  await page.screenshot({ path: join(shots, "live.png"), fullPage: true });
+  if (shots) await page.screenshot({ path: join(shots, "live.png"), fullPage: true });
   const linked = await newPage(browser);
   await linked.goto(pathToFileURL(resolve(file)).href + found.chosen);
   await linked.waitForSelector(".hw-curves");

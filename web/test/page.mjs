@@ -1,4 +1,4 @@
-// Drives the report in Chromium: node web/test/page.mjs <report.html> <folder for screenshots>
+// Drives the report in Chromium: node web/test/page.mjs <report.html> [<folder for screenshots>]
 // Prints one JSON object of what was found; tests/test_report_page.py judges it.
 import { chromium } from "playwright-core";
 import { createRequire } from "node:module";
@@ -33,7 +33,7 @@ async function check(page, name) {
   const result = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
   found.checks[name] = result.passes.length;
   found.violations[name] = result.violations.map((one) => `${one.id}: ${one.nodes.slice(0, 3).map((n) => `${n.html.slice(0, 160)} ${n.any[0]?.message ?? ""}`).join(" | ")}`);
-  await page.screenshot({ path: join(shots, `${name}.png`), fullPage: true });
+  if (shots) await page.screenshot({ path: join(shots, `${name}.png`), fullPage: true });
 }
 
 async function keyboard() {
@@ -290,7 +290,8 @@ try {
   for (const [name, colorScheme, hash] of looks) {
     const page = await open({ colorScheme, reducedMotion: "reduce" }, hash);
     await page.waitForTimeout(150);
-    for (const summary of await page.locator(".hw-card > details > summary, .hw-tradeoffs > details > summary, .hw-circuit > details > summary, .hw-training > details > summary").all()) await summary.click();
+    await page.evaluate((all) => { for (const one of document.querySelectorAll(all)) one.open = true; }, ".hw-card > details, .hw-tradeoffs > details, .hw-circuit > details, .hw-training > details");
+    await page.waitForTimeout(50);
     await check(page, `${name}-${colorScheme}`);
     await page.close();
   }
