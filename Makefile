@@ -35,10 +35,11 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
-	@echo "Installing what the tests need ..."
+# One run of pip for both.
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing headwise and what its tests need into $(VENV) ..."
 	@$(PIP) -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 # The page test drives Debian's Chromium; pyright and the views need Node.
 $(VENV)/.system: .ci/apt | $(VENV)/.made

@@ -7,10 +7,10 @@
 """
 
 import logging
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -119,7 +119,7 @@ def make_plan(
         "test_at": making.test_at,
         "seed": making.seed,
         "ranking": best.ranking,
-        "dev": {choice.name: round(choice.sure, 4) for choice in tried},
+        "dev": {choice.name: round(float(choice.right), 4) for choice in tried},
         "stopped": [choice.name for choice in tried if len(choice.lost) < len(best.lost)],
         "skipped": skipped,
         "when": _now(),
@@ -136,18 +136,14 @@ class _Choice:
     ranking: str
     rest: CacheMethod
     full: list[str]
-    # What was lost at each prompt, of 1 that there is to win; fewer prompts than there are once it could no longer win.
-    # `sure` is then a bound.
-    lost: list[float] = field(default_factory=list)
+    # What was lost at each prompt, in exact shares of all there is to win; fewer prompts than there are once it could
+    # no longer win. `right` is then a bound.
+    lost: list[Fraction] = field(default_factory=list)
 
     @property
-    def sure(self) -> float:
-        """Mean probability of the right tokens of answers, each task counting the same.
-
-        Their number would be the same for most choices: with fifteen prompts, few tokens are still wrong.
-        """
-        # Exact, so that the order of prompts does not choose where two are equal.
-        return 1 - math.fsum(self.lost)
+    def right(self) -> Fraction:
+        """Share of the tokens of answers that are right, each task counting the same."""
+        return 1 - sum(self.lost, Fraction())
 
     @property
     def name(self) -> str:
@@ -233,7 +229,7 @@ def _choose(
     ordered: Mapping[str, list[str]],
     counts: Mapping[CacheMethod, int],
 ) -> tuple[_Choice, list[_Choice]]:
-    """The choice through whose cache the right dev answers are most probable; and all tried.
+    """The choice whose cache gets most tokens of the dev answers right, the earlier where two are equal; and all tried.
 
     Rankings are compared with the first treatment of the rest, and the other treatments with the best ranking only.
     One that can no longer win is not tried further. Prompts at which the first did worst come first, as they tell most.
@@ -246,26 +242,28 @@ def _choose(
     exam = _exam(tokenizer, making)
     with tqdm(total=total * len(exam), desc="choosing", disable=hidden(), leave=False) as bar:
 
-        def examine(choice: _Choice, beat: float | None) -> _Choice:
+        def examine(choice: _Choice, beat: Fraction | None) -> _Choice:
             _examine(model, tokenizer, making, choice, exam, beat, bar.update)
             return choice
 
         examine(best, None)
         exam = [exam[i] for i in sorted(range(len(exam)), key=lambda i: -best.lost[i])]
         for choice in tried[1:]:
-            best = max(best, examine(choice, best.sure), key=lambda one: one.sure)
+            best = max(best, examine(choice, best.right), key=lambda one: one.right)
         for rest in others:
             tried.append(_Choice(best.ranking, rest, ordered[best.ranking][: counts[rest]]))
-            best = max(best, examine(tried[-1], best.sure), key=lambda one: one.sure)
+            best = max(best, examine(tried[-1], best.right), key=lambda one: one.right)
     return best, tried
 
 
-def _exam(tokenizer: "PreTrainedTokenizerBase", making: Making) -> "list[tuple[Batch, float]]":
+def _exam(tokenizer: "PreTrainedTokenizerBase", making: Making) -> "list[tuple[Batch, Fraction]]":
     """The dev prompts one by one, and what the answers of each are worth: all tasks the same, together 1."""
     batches = quality.prompts(tokenizer, making.test_at, making.seed + 1000, quick=True)
     asked = {name: min(DEV, len(batches[name])) for name in quality.RETRIEVAL}
     return [
-        (batches[name].take([row]), 1 / len(asked) / count) for name, count in asked.items() for row in range(count)
+        (batches[name].take([row]), Fraction(1, len(asked) * count))
+        for name, count in asked.items()
+        for row in range(count)
     ]
 
 
@@ -274,18 +272,18 @@ def _examine(
     tokenizer: "PreTrainedTokenizerBase",
     making: Making,
     choice: _Choice,
-    exam: "Sequence[tuple[Batch, float]]",
-    beat: float | None,
+    exam: "Sequence[tuple[Batch, Fraction]]",
+    beat: Fraction | None,
     step: Callable[[int], Any],
 ) -> None:
     """Answer prompt by prompt through the cache of a choice, until it cannot be more than `beat` any more."""
     rest = dict.fromkeys(set(kv_units(model)) - set(choice.full), choice.rest)
     cache = _maker(model, rest, making.test_at, making.then)
     for prompt, worth in exam:
-        if beat is not None and choice.sure <= beat:
+        if beat is not None and choice.right <= beat:
             break
-        sure = retrieval(model, tokenizer, prompt, cache, forced=True, step=lambda: step(1)).sure
-        choice.lost.append(worth * (1 - float(sure.mean())))
+        right = retrieval(model, tokenizer, prompt, cache, forced=True, step=lambda: step(1)).tokens
+        choice.lost.append(worth * Fraction(int((~right).sum()), right.numel()))
     step(len(exam) - len(choice.lost))
 
 

@@ -36,14 +36,12 @@ class Answers:
 
     Attributes:
         tokens: [B, P] whether each token of the answers was said; right: [B, A] whether all tokens of an answer were.
-        sure: [B, P] probability that the model gave to each token of the right answers, 0 to 1.
         said: for each prompt its answers as text.
         bytes: [B] bytes of the cache's tensors after the last answer.
     """
 
     tokens: Tensor
     right: Tensor
-    sure: Tensor
     said: list[list[str]]
     bytes: Tensor
 
@@ -104,7 +102,7 @@ def retrievals(
         ValueError: as `retrieval`.
     """
     _check_chunk(chunk)
-    rows: dict[str, list[tuple[list[int], list[float], int]]] = {name: [] for name in caches}
+    rows: dict[str, list[tuple[list[int], int]]] = {name: [] for name in caches}
     runs = None
     for row in range(len(batch)):
         ids, columns, start = _row(batch, row)
@@ -117,27 +115,23 @@ def retrievals(
         begun = _begun(model, ids, start, fresh) if chunk is None else {}
         for name in caches:
             with _reading(model, fresh.pop(name), begun.get(name)) as past:
-                said, sure = _answer(past, ids, columns, batch.answer[row].tolist(), start, chunk, forced)
-                rows[name].append((said, sure, bytes_of(past.cache)))
+                said = _answer(past, ids, columns, start, chunk, forced)
+                rows[name].append((said, bytes_of(past.cache)))
             step()
     return {name: _answers(tokenizer, batch, mine, runs or []) for name, mine in rows.items()}
 
 
 def _answers(
-    tokenizer: "PreTrainedTokenizerBase",
-    batch: Batch,
-    rows: Sequence[tuple[list[int], list[float], int]],
-    runs: list[int],
+    tokenizer: "PreTrainedTokenizerBase", batch: Batch, rows: Sequence[tuple[list[int], int]], runs: list[int]
 ) -> Answers:
     """What was said through one cache, and its bytes, prompt by prompt, beside what is right."""
-    said = torch.tensor([one for one, _, _ in rows])
+    said = torch.tensor([one for one, _ in rows])
     tokens, parts = said == batch.answer.cpu(), said.split(runs, 1)
     return Answers(
         tokens=tokens,
         right=torch.stack([part.all(1) for part in tokens.split(runs, 1)], 1),
-        sure=torch.tensor([one for _, one, _ in rows]),
         said=[[tokenizer.decode(part[row]) for part in parts] for row in range(len(said))],
-        bytes=torch.tensor([size for _, _, size in rows]),
+        bytes=torch.tensor([size for _, size in rows]),
     )
 
 
@@ -300,23 +294,10 @@ def _reading(model: "PreTrainedModel", cache: "Cache | None", begun: _Begun | No
             model.train(was)
 
 
-def _answer(
-    past: _Past, ids: Tensor, columns: list[int], right: list[int], start: int, chunk: int | None, forced: bool
-) -> tuple[list[int], list[float]]:
-    """The tokens said at `columns` of one prompt ids [T], whose question begins at column `start`, and how probable
-    the `right` ones were.
-    """
-    said: list[int] = []
-    sure: list[float] = []
-
-    def say(logits: Tensor) -> None:
-        awaited = torch.tensor(right[len(said) : len(said) + len(logits)], device=logits.device)
-        sure.extend(logits.float().softmax(-1).gather(1, awaited[:, None])[:, 0].tolist())
-        said.extend(logits.argmax(-1).tolist())
-
+def _answer(past: _Past, ids: Tensor, columns: list[int], start: int, chunk: int | None, forced: bool) -> list[int]:
+    """The tokens said at `columns` of one prompt ids [T], whose question begins at column `start`."""
     logits = past.open(ids, start, chunk)
-    if start > columns[0]:
-        say(logits)
+    said = [int(logits[0].argmax())] if start > columns[0] else []
     begin, waiting = start, columns[len(said) :]
     while waiting:
         count = 1
@@ -327,9 +308,9 @@ def _answer(
         fresh = ids[begin : here[-1] + 1].clone()
         if said and not forced:
             fresh[0] = said[-1]
-        say(past.read(fresh, [column - begin for column in here]))
+        said += past.read(fresh, [column - begin for column in here]).argmax(-1).tolist()
         begin = here[-1] + 1
-    return said, sure
+    return said
 
 
 def _row(batch: Batch, row: int) -> tuple[Tensor, list[int], int]:

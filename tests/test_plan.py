@@ -259,7 +259,7 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
     worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
 
     def examine(_model, _tokenizer, _making, choice, exam, *_):
-        lost = 1 - worth.get((choice.ranking, choice.rest), 0.0)
+        lost = 1 - Fraction(worth.get((choice.ranking, choice.rest), 0.0))
         choice.lost += [lost / len(exam)] * len(exam)
 
     monkeypatch.setattr(planning, "_examine", examine)
@@ -292,17 +292,17 @@ def test_choices_that_cannot_win_are_stopped_and_no_other_wins(chatty, monkeypat
     orders = {name: draw.sample(units, len(units)) for name in "abcdef"}
     rest = (Duo(4, 16), Duo(4, 16, whole=True))
     prompts = {task: Asked(task, tuple(range(3 if task == "keys" else 6))) for task in quality.RETRIEVAL}
-    worth: dict[tuple, list[float]] = {}
+    worth: dict[tuple, list[bool]] = {}
     asked, steps = [], []
 
-    def sure(cache: tuple, task: str, row: int) -> list[float]:
-        return worth.setdefault((*cache, task, row), [draw.choice((0.25, *[1.0] * 6)) for _ in range(4)])
+    def tokens(cache: tuple, task: str, row: int) -> list[bool]:
+        return worth.setdefault((*cache, task, row), [draw.random() < 0.85 for _ in range(4)])
 
     def retrieval(model, tokenizer, prompt, cache, forced, step):
         (row,) = prompt.rows
         asked.append((*cache, prompt.task, row))
         step()
-        return SimpleNamespace(sure=torch.tensor([sure(cache, prompt.task, row)]))
+        return SimpleNamespace(tokens=torch.tensor([tokens(cache, prompt.task, row)]))
 
     class Bar:
         """What a progress bar is told."""
@@ -329,13 +329,13 @@ def test_choices_that_cannot_win_are_stopped_and_no_other_wins(chatty, monkeypat
     every = [(frozenset(set(units) - set(one.full)), one.rest) for one in tried]
     exact = []
     for cache in every:
-        lost = Fraction()
+        shares = []
         for task in quality.RETRIEVAL:
-            rows = [sure(cache, task, row) for row in range(min(4, len(prompts[task])))]
-            lost += (1 - Fraction(sum(map(sum, rows))) / (4 * len(rows))) / 4
-        exact.append(float(1 - lost))
-    assert [best.sure, exact[tried.index(best)]] == pytest.approx([max(exact)] * 2, abs=1e-12) and len(best.lost) == 15
-    assert all(one.sure >= share - 1e-12 for one, share in zip(tried, exact, strict=True))
+            said = [one for row in range(min(4, len(prompts[task]))) for one in tokens(cache, task, row)]
+            shares.append(Fraction(sum(said), len(said)))
+        exact.append(sum(shares) / 4)
+    assert best is tried[exact.index(max(exact))] and best.right == max(exact) and len(best.lost) == 15
+    assert all(one.right >= right for one, right in zip(tried, exact, strict=True))
 
 
 def test_a_plan_is_made_tried_and_refused_where_nothing_can_be_told(chatty, monkeypatch, tmp_path):
