@@ -13,8 +13,8 @@ from headwise.data import FewShotLabels
 from headwise.lab import Edit, TinyConfig, Training, pattern, steps
 from headwise.view import live
 
-LESSON = FewShotLabels(classes=20, dim=8)
 pytestmark = pytest.mark.timeout(LONGEST + 60)
+LESSON = FewShotLabels(classes=20, dim=8)
 CONFIG = TinyConfig(**LESSON.config(layers=2, heads=4, width=16))
 SHORT = Training(steps=60, batch=8, lr=1e-3, measure_every=5, rows=16)
 HOLD = [Edit("L1.pattern", pattern("match"), heads=(3,), when=steps(0, 30))]
