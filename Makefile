@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help map model test test-slow lint format types floors dead unit web web-check docs docs-check hooks bench clean
+.PHONY: help map model test test-slow ready lint style floors types dead format unit web web-check docs docs-check hooks bench clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -54,13 +54,27 @@ web/node_modules/.stamp: web/package-lock.json | $(VENV)/.system
 model: $(VENV)/.installed
 	@$(BIN)/python -c 'from headwise.models import default_model_path; print("default model:", default_model_path().name)'
 
-test: lint unit
+# Two at a time: pip beside apt and npm, types beside what else is checked without running anything.
+test:
+	@$(MAKE) --no-print-directory -j2 ready
+	@$(MAKE) --no-print-directory -j2 lint
+	@$(MAKE) --no-print-directory unit
 
-lint: $(VENV)/.dev $(VENV)/.system docs-check
+ready: $(VENV)/.dev web/node_modules/.stamp
+
+lint: types docs-check style floors dead
+
+style: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+floors: $(VENV)/.dev
 	@$(BIN)/lint-imports
+
+types: $(VENV)/.dev $(VENV)/.system
 	@$(BIN)/pyright
+
+dead: $(VENV)/.dev
 	@$(BIN)/vulture
 
 format: $(VENV)/.dev
@@ -86,7 +100,7 @@ web-check: web
 docs: $(VENV)/.installed
 	@$(BIN)/python docs/generate.py
 
-docs-check: $(VENV)/.installed
+docs-check: $(VENV)/.dev
 	@$(BIN)/python docs/generate.py --check
 
 # Reading, scans and the map beside the peers, in environments of their own; about an hour on a quiet machine of two
