@@ -38,8 +38,8 @@ def plan_command(
     ranking: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rank heads by this: duo_gate, reach, razor_induction, retrieval or need. May be repeated: ranks are "
-            "added too, those of the first two, three and so on. [default: duo_gate, reach and need]"
+            help="Rank heads by this: duo_gate, reach, razor_induction, retrieval or need. May be repeated: "
+            "all are tried, alone and fused into one. [default: duo_gate, reach and need]"
         ),
     ] = None,
     out: Annotated[

@@ -1,12 +1,13 @@
 """Making a plan: rank the KV heads, choose by what a few prompts keep, and let a test on other prompts decide.
 
-1. Rankings: scores that say which KV heads fetch things from far back, and sums of their ranks.
+1. Rankings: scores that say which KV heads fetch things from far back, alone and fused into one.
 2. Choice: for each ranking a cache of the wanted size answers dev prompts; for the best ranking, so does one for each
    further way of treating the other heads.
 3. Trial: on prompts that nothing was chosen by, the full cache, the plan, random heads and streaming of equal bytes.
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from headwise import quality
+from headwise import quality, stats
 from headwise.kv_cache import CacheMethod, KVCache, kv_units
 from headwise.matmul import fast_matmul
 from headwise.method import load
@@ -43,9 +44,11 @@ RANKINGS: dict[str, Ranking] = {
     "retrieval": ({}, "needle", {"length": 500}, 9),
     "need": ({}, "key_values", {"length": 500, "pairs": 4, "asked": 4}, 2),
 }
-# Gates see what two heads do alike, reach what looks far back anyway; need, what is lost at once. With many full heads
-# the three together keep most, with few the first two: need puts heads that are alike last (docs/LOG.md).
+# Gates see what two heads do alike, reach what looks far back anyway; need, what is lost at once.
 USUAL = ("duo_gate", "reach", "need")
+# In a fused ranking a head is worth the sum of 1 / (SMOOTH + rank): what one score puts first counts, and the order in
+# which it puts the rest hardly does. Need says much about few heads and nothing about most (docs/LOG.md).
+SMOOTH = 10
 KEEP, LOSS = 0.95, 0.05
 # Prompts of each task by which heads are chosen.
 DEV = 4
@@ -64,8 +67,7 @@ class Making:
         at: tokens for which the bytes are counted.
         test_at: tokens of the prompts of choice and trial.
         then: what a chosen head gets; rest: what the others may get; rankings are compared with the first.
-        rankings: scores to choose by, names of RANKINGS: the sum of their ranks, that of all but the last, and so on to
-            that of the first two, and each alone.
+        rankings: scores to choose by, names of RANKINGS: all fused, and each alone.
         thorough: more prompts in the trial.
     """
 
@@ -210,16 +212,18 @@ def score_by(
 
 
 def orders(model: "PreTrainedModel", scores: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
-    """{ranking: KV heads, the first to be kept first}: by the sum of all ranks, of all but the last, ..., by each."""
+    """{ranking: KV heads, the first to be kept first}: by all fused, and by each.
+
+    Fused by reciprocal ranks (Cormack, Clarke and Buettcher, SIGIR 2009); heads of equal value share their mean rank.
+    """
     units = kv_units(model)
     order = {name: sorted(units, key=lambda unit: -values[unit]) for name, values in scores.items()}
-    place = {name: {unit: i for i, unit in enumerate(one)} for name, one in order.items()}
-    sums = {}
-    for count in range(len(order), 1, -1):
-        names = list(order)[:count]
-        total = {unit: sum(place[name][unit] for name in names) for unit in units}
-        sums[" + ".join(names)] = sorted(units, key=total.__getitem__)
-    return sums | order
+    if len(order) == 1:
+        return order
+    ranks = [stats.ranks([-values[unit] for unit in units]) for values in scores.values()]
+    # Summed exactly, so that it does not matter which ranking was named first.
+    worth = {unit: math.fsum(1 / (SMOOTH + one[i]) for one in ranks) for i, unit in enumerate(units)}
+    return {" + ".join(order): sorted(units, key=lambda unit: -worth[unit])} | order
 
 
 def _choose(

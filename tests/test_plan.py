@@ -1,5 +1,6 @@
 """Plans: the file, what is refused, attaching; and what a KV cache method is as plain data."""
 
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -246,6 +247,40 @@ def chatty():
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
+def test_rankings_are_fused_by_their_reciprocal_ranks(chatty):
+    """Against exact fractions; equal values share their mean rank, and it does not matter what is named first."""
+    model, _ = chatty
+    units = kv_units(model)
+    assert len(units) == 4
+    scores = {
+        "need": dict(zip(units, (0.0, 9.0, 1.0, 2.0), strict=True)),
+        "duo_gate": dict(zip(units, (1.0, 0.5, 1.0, 0.0), strict=True)),
+        "reach": dict(zip(units, (0.4, 0.1, 0.3, 0.2), strict=True)),
+    }
+    ranks = {"need": (4, 1, 3, 2), "duo_gate": (Fraction(3, 2), 3, Fraction(3, 2), 4), "reach": (1, 4, 2, 3)}
+    for names in itertools.permutations(scores):
+        for count in (2, 3):
+            chosen = names[:count]
+            worth = [sum(1 / (planning.SMOOTH + Fraction(ranks[name][i])) for name in chosen) for i in range(4)]
+            orders = planning.orders(model, {name: scores[name] for name in chosen})
+            assert orders[" + ".join(chosen)] == [units[i] for i in sorted(range(4), key=lambda i: -worth[i])]
+    assert planning.orders(model, {"need": scores["need"]}) == {"need": [units[i] for i in (1, 3, 2, 0)]}
+
+
+def test_what_one_ranking_alone_puts_first_is_kept_and_its_noise_is_not(chatty, monkeypatch):
+    """One score knows all heads, the other one alone. Sums of ranks put that one up to 24th, the first five up to 50th."""
+    model, _ = chatty
+    units = [f"L{i}.G0" for i in range(90)]
+    monkeypatch.setattr(planning, "kv_units", lambda _: units)
+    for seed in range(20):
+        noise = random.Random(seed)
+        known = {unit: float(90 - i) for i, unit in enumerate(units)}
+        single = {unit: noise.random() for unit in units} | {units[60]: 5.0}
+        fused = planning.orders(model, {"reach": known, "need": single})["reach + need"]
+        assert units[60] in fused[:10]
+        assert set(units[:5]) <= set(fused[:20])
+
+
 def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monkeypatch):
     model, tokenizer = chatty
     units, first, second = kv_units(model), Duo(4, 16), Duo(4, 16, whole=True)
@@ -253,9 +288,8 @@ def test_treatments_of_the_rest_are_tried_for_the_best_ranking_only(chatty, monk
         name: {u: -abs(i - k) for i, u in enumerate(units)} for k, name in enumerate(("need", "duo_gate", "echo"))
     }
     orders = planning.orders(model, scores)
-    assert list(orders) == ["need + duo_gate + echo", "need + duo_gate", "need", "duo_gate", "echo"]
-    assert orders["need"] == units and orders["need + duo_gate + echo"] == [units[i] for i in (1, 0, 2, 3)]
-    assert orders["need + duo_gate"] == units
+    assert list(orders) == ["need + duo_gate + echo", "need", "duo_gate", "echo"]
+    assert orders["need"] == units and orders["duo_gate"] == [units[i] for i in (1, 0, 2, 3)]
     worth = {("duo_gate", first): 0.5, ("echo", first): 0.9, ("need", second): 1.0, ("echo", second): 0.7}
 
     def examine(_model, _tokenizer, _making, choice, exam, *_):
