@@ -268,7 +268,7 @@ def test_rankings_are_fused_by_their_reciprocal_ranks(chatty):
 
 
 def test_what_one_ranking_alone_puts_first_is_kept_and_its_noise_is_not(chatty, monkeypatch):
-    """One score knows all heads, the other but one. Sums of ranks put that one up to 24th, the first five up to 50th."""
+    """One score knows all heads, the other but one. Sums of ranks put this one up to 24th, the first five to 50th."""
     model, _ = chatty
     units = [f"L{i}.G0" for i in range(90)]
     monkeypatch.setattr(planning, "kv_units", lambda _: units)
