@@ -200,13 +200,14 @@ def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     asked = " and ".join(str(one["asked"]) for one in budgets)
     about = (
         f"The first KV heads of a ranking keep everything, the others 64 and 256 tokens; {found['length']} tokens, "
-        f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Seconds are "
-        "those of the scores, taken in turns; goals are of medians. DuoAttention's recipe is gates that act from the "
-        "first token on; duo_gate reads each context once, and its gates act behind it. They are trained on: "
+        f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Rankings "
+        "with a plus between them are fused by reciprocal ranks. Seconds are those of the scores, taken in turns; "
+        "goals are of medians. DuoAttention's recipe is gates that act from the first token on; duo_gate reads each "
+        "context once, and its gates act behind it. They are trained on: "
         f"{'; '.join(trained)}."
     )
-    sums = {name: took for name, took in seconds.items() if " + " in name}
-    said = [goal(f"Goal, scores of {name} at most 60 seconds", took, took <= 60) for name, took in sums.items()]
+    fused = {name: took for name, took in seconds.items() if " + " in name}
+    said = [goal(f"Goal, scores of {name} at most 60 seconds", took, took <= 60) for name, took in fused.items()]
     for one in budgets:
         kept = {name: statistics.mean(row["kept"]) for name, row in one["rows"].items()}
         for recipe in recipes:
