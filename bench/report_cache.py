@@ -160,10 +160,13 @@ def _same(found: dict | None, circumstances: Callable[[dict], str]) -> str:
 def _plans(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     if found is None:
         return ""
-    rule = found["entries"][0]["trial"]["rule"]
-    about = f"A plan is accepted by this rule: {rule[0].lower()}{rule[1:]}"
-    each = (_plan(one, circumstances) for one in found["entries"])
-    return "\n\n".join(["### Plans and their trials", about, *each])
+    parts, rule = ["### Plans and their trials"], ""
+    for one in found["entries"]:
+        if one["trial"]["rule"] != rule:
+            rule = one["trial"]["rule"]
+            parts.append(f"A plan is accepted by this rule: {rule[0].lower()}{rule[1:]}")
+        parts.append(_plan(one, circumstances))
+    return "\n\n".join(parts)
 
 
 def _plan(found: dict, circumstances: Callable[[dict], str]) -> str:
