@@ -245,11 +245,15 @@ def _all_answers(found: dict | None, circumstances: Callable[[dict], str]) -> st
         "runs in an environment of its own (transformers 5.2.0), on the same prompts. Its head-wise presses mask keys "
         "and free none, so that they hold all bytes."
     )
-    each = (_answers(one, circumstances) for one in found["entries"])
+    each = (_answers(one, found["entries"][0], circumstances) for one in found["entries"])
     return "\n\n".join(["### Answers at equal bytes", about, *each])
 
 
-def _answers(found: dict, circumstances: Callable[[dict], str]) -> str:
+def _full(found: dict) -> set[str]:
+    return {unit for unit, name in found["heads"].items() if name == "full"}
+
+
+def _answers(found: dict, first: dict, circumstances: Callable[[dict], str]) -> str:
     tasks = list(found["rows"][0]["accuracy"])
     lines = [
         f"| cache | bytes | answers kept | {' | '.join(tasks)} | nats a token |",
@@ -259,7 +263,7 @@ def _answers(found: dict, circumstances: Callable[[dict], str]) -> str:
         each = " | ".join(f"{row['accuracy'][task]:.0%}" for task in tasks)
         lines.append(f"| {row['name']} | {row['share']:.0%} | {row['kept']:.0%} | {each} | {row['nll']:.3f} |")
     full = found["rows"][0]["bytes"]
-    kept = {unit for unit, name in found.get("heads", {}).items() if name == "full"}
+    kept = _full(found)
     for name, row in found.get("kvpress", {}).items():
         if "failed" in row:
             lines.append(f"| {name} | failed: {row['failed']} | | {' | '.join('' for _ in tasks)} | |")
@@ -270,6 +274,8 @@ def _answers(found: dict, circumstances: Callable[[dict], str]) -> str:
         lines.append(f"| {name}{chosen} | {row['bytes'] / full:.0%} | | {each} | |")
     total = sum(found["plan"].values())
     intro = f"The plan keeps {found['plan'].get('full', 0)} of {total} KV heads full."
+    if kept != _full(first):
+        intro += f" It is another one than above: {len(kept & _full(first))} of these are full in both."
     peers = [row for row in found.get("kvpress", {}).values() if "failed" not in row]
     if peers and not all(row.get("forced") for row in peers):
         intro += (
