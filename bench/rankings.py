@@ -88,7 +88,9 @@ def main() -> None:
     model, tokenizer = open_model()
     facts = {"machine": machine.facts(), "versions": race.particulars_of_ours()}
     took: dict[str, list[float]] = before.get("seconds", {})
+    timed: list[str] = before.get("timed", [])
     for _ in range(1 if before else given.rounds):
+        timed.append(time.strftime("%Y-%m-%d %H:%M"))
         scores, seconds = scored(model, tokenizer)
         orders = fused(model, scores)
         seconds |= {name: sum(seconds[one] for one in name.split(" + ")) for name in orders if " + " in name}
@@ -96,13 +98,13 @@ def main() -> None:
             took.setdefault(name, []).append(one)
         print({name: round(one, 1) for name, one in seconds.items()}, flush=True)
     if before:
-        race.save("cache_rankings", {**before, "seconds": took})
+        race.save("cache_rankings", {**before, "seconds": took, "timed": timed})
         return
     units = kv_units(model)
     orders |= {name: sorted(units, key=lambda unit: -one[unit]) for name, one in scores.items()}
     with fast_matmul(model):
         budgets = [kept(model, tokenizer, orders, share, given.length, given.seeds) for share in given.bytes]
-    told = {"length": given.length, "seeds": given.seeds, "jobs": jobs}
+    told = {"length": given.length, "seeds": given.seeds, "jobs": jobs, "timed": timed}
     race.save("cache_rankings", {**facts, **told, "seconds": took, "budgets": budgets})
 
 

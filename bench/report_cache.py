@@ -204,9 +204,9 @@ def _rankings(found: dict | None, circumstances: Callable[[dict], str]) -> str:
     about = (
         f"The first KV heads of a ranking keep everything, the others 64 and 256 tokens; {found['length']} tokens, "
         f"{asked} answers to prompts that chose nothing, and the loss on held-out text in nats a token. Rankings "
-        "with a plus between them are fused by reciprocal ranks. Seconds are those of the scores, taken in turns; "
-        "goals are of medians. DuoAttention's recipe is gates that act from the first token on; duo_gate reads each "
-        "context once, and its gates act behind it. They are trained on: "
+        "with a plus between them are fused by reciprocal ranks. Seconds are those of the scores, taken in turns (the "
+        f"first from {found['timed'][0]}); goals are of medians. DuoAttention's recipe is gates that act from the "
+        "first token on; duo_gate reads each context once, and its gates act behind it. They are trained on: "
         f"{'; '.join(trained)}."
     )
     fused = {name: took for name, took in seconds.items() if " + " in name}
